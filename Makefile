@@ -1,0 +1,60 @@
+# Everything runs in .venv, made by the first target that needs it. A stamp in it remembers what was installed,
+# so that a second run installs nothing until pyproject.toml or constraints.txt changes.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+UV ?= uv
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check constraints clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | column -t -s ':' 2>/dev/null || grep '##' Makefile
+
+demo: $(VENV)/.demo  ## install what the sample batch needs, and render it
+	$(BIN)/avatar render data/samples/batch.csv
+
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff, mypy and the import contracts, without the tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test  ## everything that must pass before a commit
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@$(make-venv)
+	@echo "Installing the preview backend into $(VENV) ..."
+	@$(INSTALL) -e '.[preview]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	@$(make-venv)
+	@echo "Installing everything that the tests need into $(VENV) ..."
+	@$(INSTALL) -e '.[preview,s3,dev]'
+	@touch $(VENV)/.demo $@
+
+# An environment without pip is one whose creation was cut short: it is made again.
+define make-venv
+$(BIN)/python -m pip --version >/dev/null 2>&1 && exit 0; \
+for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+  echo "Making $(VENV) with $$($$python --version) ..."; \
+  $$python -m venv --clear $(VENV); exit; \
+done; \
+echo "No Python 3.11 or newer with its venv module was found as python3, python3.13, python3.12 or python3.11." >&2; \
+echo "Install one (Debian, Ubuntu: apt-get install python3-venv) and run make again." >&2; \
+exit 1
+endef
+
+constraints:  ## compile constraints.txt again (needs uv); UPGRADE=--upgrade takes the newest versions
+	$(UV) pip compile pyproject.toml --universal --python-version 3.11 --all-extras $(UPGRADE) \
+	  --no-header --no-annotate --no-emit-index-url --quiet --output-file constraints.txt
+	@sed -i '1i # Made by `make constraints`: every extra, Python 3.11 and newer.' constraints.txt
+
+clean:  ## remove the environment, caches and build results; the store and the weights stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

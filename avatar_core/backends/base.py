@@ -1,0 +1,103 @@
+"""What a backend offers to the stages. A backend is a folder that knows no other backend."""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avatar_core.config import nearest, parse
+from avatar_core.errors import ConfigError
+from avatar_core.media.face import Face
+
+Picture = NDArray[np.uint8]
+"""RGB, shape (height, width, 3)."""
+Tensors = Mapping[str, NDArray[Any]]
+
+BACKENDS = {"preview": "avatar_core.backends.preview.backend:PreviewBackend"}
+
+
+class ReportStep(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+class Backend(Protocol):
+    """One renderer. `config` has one dataclass per stage (`config.audio`, `config.denoise`, ...); a field
+    with `metadata={"row": True}` may be set by a row's `params`.
+
+    `versions` names the stages that the backend takes part in, each with the integer that is raised
+    whenever its output changes for the same input.
+    """
+
+    name: str
+    label: str
+    config: Any
+    config_type: type
+    versions: Mapping[str, int]
+    queues: Mapping[str, str]
+
+    def resolve(self) -> "Backend":
+        """The same backend with every `auto` that changes numbers settled for this machine."""
+        ...
+
+    def weights(self, stage: str, config: Any) -> tuple[str, ...]:
+        """Registry names of the weights that a stage loads."""
+        ...
+
+    def size(self, width: int, height: int, max_side: int) -> tuple[int, int]:
+        """Width and height of the video for a picture of this size."""
+        ...
+
+    def num_frames(self, duration_s: float, fps: float) -> int: ...
+
+    def load(self, stage: str, config: Any, device: str) -> Any:
+        """Models of a stage, handed to the methods below."""
+        ...
+
+    def encode_audio(
+        self,
+        models: Any,
+        tracks: Sequence[NDArray[np.float32]],
+        sample_rate: int,
+        fps: float,
+        num_frames: int,
+    ) -> Tensors:
+        """Features of one clip's speech; `tracks` holds one mono recording per speaker, equally long."""
+        ...
+
+    def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
+        """What denoise and decode need of the picture; `faces` are the speakers, in order."""
+        ...
+
+    def denoise(
+        self,
+        models: Any,
+        conditions: Mapping[str, Tensors],
+        fps: float,
+        seed: int,
+        config: Any,
+        report: ReportStep,
+    ) -> Tensors:
+        """Latents of a clip (`preview`: motion) from the tensors of the stages it consumes, by stage."""
+        ...
+
+    def decode(
+        self, models: Any, picture: Picture, conditions: Mapping[str, Tensors], config: Any
+    ) -> Iterator[Picture]:
+        """Frames of the clip, one by one, so that memory does not grow with its length."""
+        ...
+
+
+def create_backend(values: Mapping[str, Any]) -> Backend:
+    """The backend named by `values["name"]` with its options. Raises `ConfigError`."""
+    options = dict(values)
+    name = str(options.pop("name", ""))
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"unknown backend `{name}`; choose one of: {', '.join(BACKENDS)}{nearest(name, list(BACKENDS))}"
+        )
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend_type = getattr(importlib.import_module(module), attribute)
+    backend: Backend = backend_type(parse(backend_type.config_type, options, where="backend"))
+    return backend

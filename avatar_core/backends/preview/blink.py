@@ -1,0 +1,96 @@
+"""The blink of one eye: the skin between brow and lashes slides down over it."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.polynomial import Polynomial
+
+from avatar_core.backends.preview.axes import Axes, Box, FaceAxes, smoothstep, unit_vector
+from avatar_core.backends.preview.contours import Contours, Points
+from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture
+
+MIN_HALF_WIDTH_PX = 4.0
+MIN_OPENING = 0.12  # height over half width: flatter eyes are closed already
+MIN_RELATIVE_WIDTH = 0.55  # the far eye of a turned head is left alone
+CLOSURE = 0.97
+
+
+def blinking_eyes(contours: Contours, axes: FaceAxes, picture_shape: tuple[int, ...]) -> list["Eye"]:
+    lower_margin = 0.02 if contours.source == "mesh" else 0.04
+    outlines = (
+        (contours.left_eye_upper, contours.left_eye_lower, contours.left_brow),
+        (contours.right_eye_upper, contours.right_eye_lower, contours.right_brow),
+    )
+    eyes = [Eye(*outline, axes.down, lower_margin, picture_shape) for outline in outlines]
+    widest = max(eye.half_width for eye in eyes)
+    return [
+        eye
+        for eye, trusted in zip(eyes, contours.eyes_trusted, strict=True)
+        if trusted and eye.usable and eye.half_width > MIN_RELATIVE_WIDTH * widest
+    ]
+
+
+class Eye:
+    """Coordinates: u = -1 .. 1 from corner to corner, v towards the chin in the same unit."""
+
+    def __init__(
+        self,
+        upper: Points,
+        lower: Points,
+        brow: Points,
+        face_down: Points,
+        lower_margin: float,
+        picture_shape: tuple[int, ...],
+    ) -> None:
+        left, right = upper[0], upper[-1]
+        self.half_width = max(float(np.linalg.norm(right - left)) / 2, 1.0)
+        across = unit_vector(right - left, np.array([1.0, 0.0]))
+        down = np.array([-across[1], across[0]])
+        down = down if down @ face_down > 0 else -down
+        axes = Axes((left + right) / 2, across * self.half_width, down * self.half_width)
+        corners = axes.to_picture(np.array([(u, v) for u in (-1.5, 1.5) for v in (-1.5, 0.9)]))
+        self.box = Box.around(corners, picture_shape)
+        self.usable = False
+        if self.box.empty:
+            return
+        u, v = axes.grid(self.box)
+        lid = _curve(axes.to_uv(upper))(u) - 0.04
+        lower_edge = np.maximum(_curve(axes.to_uv(lower))(u) + lower_margin, lid)
+        self._inside = smoothstep(1.12 - np.abs(u), 0, 0.25)
+        central = np.abs(u) < 0.3
+        opening = float((lower_edge - lid)[central].mean()) if central.any() else 0.0
+        self.usable = opening > MIN_OPENING and self.half_width >= MIN_HALF_WIDTH_PX
+        brow_height = abs(float((upper[len(upper) // 2] - brow) @ face_down)) / self.half_width
+        self._skin_height = max(1.25 * opening, 0.30, 0.88 * brow_height)
+        self._above_lid = (lid - v).astype(np.float32)
+        self._travel = ((lower_edge - lid) * self._inside).astype(np.float32)
+        self._down = (down * self.half_width).astype(np.float32)
+        self._pixel = 1 / self.half_width
+        self._fade = smoothstep(self.box.border_distance(), 0, 3)
+        x, y = self.box.grid()
+        self._pixels = np.dstack([x - self.box.x0, y - self.box.y0])
+
+    def draw(self, frame: Picture, blink: float) -> None:
+        if blink <= 0.01:
+            return
+        # The skin stretches evenly between the brow, which stays, and the lashes, which travel: a source
+        # height h moves to h - travel * (1 - h / skin_height), inverted here.
+        travel = CLOSURE * blink * self._travel
+        height = (self._above_lid + travel) / (1 + travel / self._skin_height)
+        rise = np.maximum(height - self._above_lid, 0)
+        sources = self._pixels - rise[..., None] * self._down
+        source = frame[self.box.slices]
+        skin = warp_picture(source, sources)
+        above_lashes = self._above_lid + travel
+        lash_width = max(0.055, 1.3 * self._pixel)
+        lashes = np.exp(-(((above_lashes - 1.2 * self._pixel) / lash_width) ** 2)) * self._inside
+        cover = smoothstep(above_lashes, -1.2 * self._pixel, 0.4 * self._pixel) * self._fade
+        darkened = skin * (1 - 0.45 * blink * lashes)[..., None]
+        cover = cover[..., None]
+        frame[self.box.slices] = np.clip(source * (1 - cover) + darkened * cover, 0, 255)
+
+
+def _curve(points: Points) -> Callable[[FloatArray], FloatArray]:
+    """The lid line v(u), held constant beyond the corners."""
+    fitted = Polynomial.fit(points[:, 0], points[:, 1], deg=4)
+    return lambda u: np.asarray(fitted(np.clip(u, -1.02, 1.02)), np.float32)

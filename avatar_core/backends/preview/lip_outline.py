@@ -1,0 +1,118 @@
+"""Fits the template's lips to the line between them, or to the gap of an open mouth, in the picture."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from avatar_core.backends.preview.lowest_path import lowest_path
+from avatar_core.backends.preview.mouth_gap import Plane, Strip, find_gap
+from avatar_core.media.face import Picture
+
+Points = NDArray[np.float64]
+
+HALF = 64  # strip pixels per half mouth width, and per height unit
+TOP, BOTTOM = -0.7, 0.9  # the strip's heights, in height units below the corners' line
+ROWS = int((BOTTOM - TOP) * HALF)
+HEIGHT_UNIT = 0.45  # of the eye-mouth distance
+ACROSS = np.linspace(-0.96, 0.96, 11)  # where the inner lips' points stand, in half mouth widths
+MIDDLE = 5  # index of a lip's middle point
+SEAM_REACH = 0.3  # height units the seam may lie away from the template's
+
+
+@dataclass(frozen=True)
+class LipCurves:
+    """Curves (11, 2) in picture pixels, left to right."""
+
+    upper_inner: Points
+    lower_inner: Points
+    upper_outer: Points
+    lower_outer: Points
+
+
+@dataclass(frozen=True)
+class MouthFrame:
+    """Coordinates over the mouth: `across` is half its width, `down` one height unit towards the chin."""
+
+    centre: Points
+    across: Points
+    down: Points
+
+    def strip(self, picture: Picture) -> Picture:
+        origin = self.centre - self.across + self.down * TOP
+        matrix = np.column_stack([self.across / HALF, self.down / HALF, origin])
+        strip = cv2.warpAffine(
+            picture,
+            matrix,
+            (2 * HALF, ROWS),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        return np.asarray(strip, np.uint8)
+
+    def heights(self, curve: Points) -> Points:
+        axes = np.column_stack([self.across, self.down])
+        return np.linalg.solve(axes, (curve - self.centre).T)[1]
+
+    def inner_curve(self, height: Points) -> Points:
+        return self.centre + np.outer(ACROSS, self.across) + np.outer(height, self.down)
+
+
+def mouth_frame(lips: LipCurves, nose: Points, chin: Points, eye_mouth: float) -> MouthFrame:
+    left, right = lips.upper_outer[0], lips.upper_outer[-1]
+    across = (right - left) / 2
+    length = float(np.linalg.norm(across))
+    if length < 1:
+        across, length = np.array([1.0, 0.0]), 1.0
+    down = (chin - nose) / max(float(np.linalg.norm(chin - nose)), 1e-6)
+    square = np.array([-across[1], across[0]]) / length
+    # A chin far to the side (a bad pose) would shear the strip flat.
+    down = down if down @ square > 0.5 else square
+    return MouthFrame((left + right) / 2, across, down * HEIGHT_UNIT * eye_mouth)
+
+
+def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame) -> LipCurves:
+    """Lips moved to the picture's own seam, or round the gap of a mouth that is already open."""
+    strip = mouth_strip(frame.strip(picture), lip_window(frame, lips))
+    template = frame.heights((lips.upper_inner + lips.lower_inner) / 2)
+    seam = np.clip(seam_heights(strip.lightness), template - SEAM_REACH, template + SEAM_REACH)
+    gap = find_gap(strip, ACROSS)
+    upper, lower = (frame.inner_curve(h) for h in ((seam, seam) if gap is None else opened(seam, gap)))
+    return LipCurves(
+        upper,
+        lower,
+        upper + (lips.upper_outer - lips.upper_inner),
+        lower + (lips.lower_outer - lips.lower_inner),
+    )
+
+
+def lip_window(frame: MouthFrame, lips: LipCurves) -> tuple[float, float]:
+    """The heights between which lips are looked for."""
+    upper = float(frame.heights(lips.upper_outer)[MIDDLE])
+    lower = float(frame.heights(lips.lower_outer)[MIDDLE])
+    return float(np.clip(upper - 0.25, -0.5, 0)), float(np.clip(lower + 0.15, 0.4, BOTTOM - 0.05))
+
+
+def mouth_strip(strip: Picture, window: tuple[float, float]) -> Strip:
+    lab = cv2.cvtColor(cv2.GaussianBlur(strip, (0, 0), 1.2), cv2.COLOR_RGB2LAB).astype(np.float32)
+    return Strip(lab[..., 0], lab[..., 1], HALF, TOP + np.arange(ROWS) / HALF, window)
+
+
+def opened(seam: Points, gap: tuple[Points, Points]) -> tuple[Points, Points]:
+    """The gap's edges, running into the seam at the corners."""
+    corner = np.clip(seam, *gap)
+    weight = 1 - np.abs(ACROSS) ** 3
+    upper, lower = (edge * weight + corner * (1 - weight) for edge in gap)
+    return upper, lower
+
+
+def seam_heights(lightness: Plane) -> Points:
+    """Height of the lips' seam over ACROSS: the darkest way through the strip from side to side, held
+    near the corners' line and smoothed by a quartic."""
+    even = (lightness - np.median(lightness)) / (lightness.std() + 1e-3)
+    valley = cv2.GaussianBlur(even, (0, 0), 9) - cv2.GaussianBlur(even, (0, 0), 1.5)
+    row = np.arange(ROWS)
+    path = lowest_path(0.00045 * (row[:, None] + TOP * HALF) ** 2 - valley)
+    quartic = np.polyfit(np.linspace(-1, 1, 2 * HALF), path / HALF + TOP, 4)
+    return np.asarray(np.polyval(quartic, ACROSS), np.float64)

@@ -1,0 +1,175 @@
+"""What a run is asked to do, as typed, frozen values.
+
+A plain mapping (from Hydra, YAML or a Python caller) becomes a `Config`; all unknown keys and bad values
+are reported together. Defaults stand here; `conf/config.yaml` shows them and a test keeps both equal.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from avatar_core.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+FRAME_RATE = Field(ge=1, le=120)
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a table may point at. Roots are folders or URIs; empty means anywhere on this machine."""
+
+    __pydantic_config__ = _STRICT
+    allow_network: bool = False
+    allowed_roots: tuple[str, ...] = ()
+    max_bytes: Annotated[int, Field(gt=0)] = 2 * 1024**3
+    max_pixels: Annotated[int, Field(gt=0)] = 50_000_000
+    max_duration_s: Positive = 3600.0
+    min_side: Annotated[int, Field(ge=2)] = 32
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Recordings longer than `max_duration_s` are split into equal parts, refused, or trimmed."""
+
+    __pydantic_config__ = _STRICT
+    min_duration_s: Positive = 0.2
+    max_duration_s: Annotated[float, Field(ge=1)] | None = None
+    long: Literal["split", "refuse", "trim"] = "split"
+    silence_db: Annotated[float, Field(le=0)] = -60.0
+
+
+@dataclass(frozen=True)
+class FaceConfig:
+    """`rule` picks the speaker where a picture has several faces and the table gives no `bbox`."""
+
+    __pydantic_config__ = _STRICT
+    required: bool = True
+    rule: Literal["largest", "leftmost", "most_confident"] = "largest"
+    min_face: Annotated[int, Field(ge=12)] = 40
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """`fps` applies to rows without their own. Pictures larger than `max_side` are scaled down to it."""
+
+    __pydantic_config__ = _STRICT
+    fps: Annotated[float, FRAME_RATE] = 25.0
+    max_side: Annotated[int, Field(ge=64, le=8192)] = 1280
+    crf: Annotated[int, Field(ge=0, le=51)] = 20
+    x264_preset: Literal[
+        "ultrafast",
+        "superfast",
+        "veryfast",
+        "faster",
+        "fast",
+        "medium",
+        "slow",
+        "slower",
+        "veryslow",
+    ] = "veryfast"
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """`options` go to fsspec (endpoint, credentials, profile) and are never written anywhere."""
+
+    __pydantic_config__ = _STRICT
+    root: str = "./avatar-store"
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How this machine does the work; nothing here changes a result."""
+
+    __pydantic_config__ = _STRICT
+    cache_dir: str | None = None
+    cache_bytes: Annotated[int, Field(gt=0)] = 20 * 1024**3
+    shard_seconds: Positive = 10.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """One batch. `table` is a path or URI; `rows` may hold the rows themselves instead."""
+
+    __pydantic_config__ = _STRICT
+    table: str | None = None
+    rows: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    takes: Annotated[int, Field(ge=1, le=1000)] = 1
+    limit: Annotated[int, Field(ge=1)] | None = None
+    only: tuple[str, ...] = ()
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    retry_failed: bool = False
+    input: InputConfig = InputConfig()
+    audio: AudioConfig = AudioConfig()
+    face: FaceConfig = FaceConfig()
+    video: VideoConfig = VideoConfig()
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    runtime: RuntimeConfig = RuntimeConfig()
+    backend: Mapping[str, Any] = field(default_factory=lambda: {"name": "preview"})
+
+    def __post_init__(self) -> None:
+        if self.table and self.rows:
+            raise ConfigError("give either `table` or `rows`, not both")
+
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], values: Any, where: str = "") -> T:
+    """Build the dataclass `kind` from plain values, e.g. "fps": "25" becomes 25.0.
+
+    Raises `ConfigError` listing every problem; `where` is the path of `values` in the whole configuration.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        prefix = [where] if where else []
+        problems = [
+            _problem(kind, [*prefix, *map(str, e["loc"])], len(prefix), dict(e)) for e in error.errors()
+        ]
+        raise ConfigError("; ".join(problems)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values of a configuration, without `storage.options`: those may hold credentials."""
+    values = dataclasses.asdict(config)
+    values.get("storage", {}).pop("options", None)
+    return values
+
+
+def option_names(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of every option of a dataclass."""
+    names = []
+    for option in dataclasses.fields(kind):
+        name = f"{prefix}{option.name}"
+        names.append(name)
+        if dataclasses.is_dataclass(option.type):
+            names += option_names(option.type, f"{name}.")
+    return names
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """A hint ", did you mean ...?" or nothing."""
+    leaf = name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, allowed, 1, 0.6) or [
+        option for option in allowed if option.rpartition(".")[2] == leaf
+    ]
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _problem(kind: Any, path: list[str], skip: int, error: dict[str, Any]) -> str:
+    name = ".".join(path)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        prefix = ".".join(path[:skip]) + "." if skip else ""
+        return f"unknown option `{name}`{nearest(name, option_names(kind, prefix))}"
+    got = f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
+    return f"option `{name}`: {error['msg']}{got}"

@@ -1,0 +1,281 @@
+"""Recordings: what they hold, and their samples at any rate, block by block."""
+
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from numpy.typing import NDArray
+
+from avatar_core.errors import InputError
+from avatar_core.media.container import open_media
+from avatar_core.media.files import open_regular
+
+Samples = NDArray[np.float32]
+
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000
+MAX_CHANNELS = 8
+SILENCE_DB = -60.0
+
+_CODECS = ("flac", "alac", "mp3", "aac", "vorbis", "opus")
+_EXACT = ("wav", "flac")
+_TOLERANCE_S, _EXACT_TOLERANCE_S = 0.1, 0.01
+_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+
+# Left and right weight of a channel by its name, after ITU-R BS.775; low-frequency effects are left out.
+_SIDE = math.sqrt(0.5)
+_STEREO_WEIGHTS = {
+    "FL": (1.0, 0.0),
+    "FR": (0.0, 1.0),
+    "FC": (_SIDE, _SIDE),
+    "LFE": (0.0, 0.0),
+    "BL": (_SIDE, 0.0),
+    "BR": (0.0, _SIDE),
+    "SL": (_SIDE, 0.0),
+    "SR": (0.0, _SIDE),
+}
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    max_duration_s: float = 3600.0
+    min_duration_s: float = 0.1
+
+
+@dataclass(frozen=True)
+class AudioProbe:
+    """`samples` per channel, at the recording's own `sample_rate`, without a codec's padding."""
+
+    format: str
+    codec: str
+    sample_rate: int
+    channels: int
+    samples: int
+    duration_s: float
+
+
+def probe_audio(path: str | Path, limits: AudioLimits | None = None) -> AudioProbe:
+    """Reads every packet and decodes none. A file shorter than its header says raises `InputError`."""
+    with open_media(path) as (container, kind):
+        stream = _sound_of(container)
+        codec = stream.codec_context.codec.canonical_name
+        samples, size = _count(container, stream, kind)
+        rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+        promised = _promised_samples(path, kind, stream, samples, size)
+    duration_s = samples / rate
+    if promised / rate - duration_s > _tolerance_s(kind):
+        raise _truncated(promised / rate, duration_s)
+    _check_duration(duration_s, limits or AudioLimits(math.inf, 0.0))
+    return AudioProbe(kind, codec, rate, channels, samples, duration_s)
+
+
+def _sound_of(container: InputContainer) -> AudioStream:
+    if not container.streams.audio:
+        raise InputError("has no sound; give a recording")
+    stream = container.streams.audio[0]
+    codec = stream.codec_context.codec.canonical_name
+    if not codec.startswith(("pcm_", "adpcm_")) and codec not in _CODECS:
+        raise InputError(f"has sound in the codec {codec}; allowed: PCM, {', '.join(_CODECS)}")
+    rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise InputError(f"has {rate} samples a second, allowed are {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise InputError(f"has {channels} channels, allowed are 1 to {MAX_CHANNELS}")
+    return stream
+
+
+def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[int, int]:
+    """Samples per channel and bytes of all packets, less what the file marks as padding."""
+    ticks, skipped, size = 0, 0, 0
+    first: int | None = None
+    end = 0
+    for packet in container.demux(stream):
+        if packet.size == 0 or packet.is_discard:
+            continue
+        ticks += packet.duration or 0
+        size += packet.size
+        if packet.pts is not None:
+            first = packet.pts if first is None else first
+            end = packet.pts + (packet.duration or 0)
+        if packet.has_sidedata("skip_samples"):
+            skipped += sum(struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples"))))
+    if (
+        kind == "webm" and first is not None
+    ):  # its packet durations are rounded to ms, its times do not add up
+        ticks = end - first
+    rate = stream.codec_context.sample_rate
+    return round(ticks * (stream.time_base or 0) * rate) - skipped, size
+
+
+def _promised_samples(path: str | Path, kind: str, stream: AudioStream, samples: int, size: int) -> float:
+    """What the header says, where it says anything exact; else 0."""
+    if kind == "wav":
+        promised = _wav_data_bytes(path)
+        return samples * promised / size if size and promised not in _UNKNOWN_SIZES else 0
+    if kind in ("flac", "mp4", "mov") and stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base * stream.codec_context.sample_rate)
+    return 0
+
+
+def _wav_data_bytes(path: str | Path) -> int:
+    """FFmpeg takes the smaller of header and file, which hides a cut file."""
+    with open_regular(os.path.realpath(path)) as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", head)
+            if name == b"data":
+                return int(size)
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return 0
+
+
+def _tolerance_s(kind: str) -> float:
+    return _EXACT_TOLERANCE_S if kind in _EXACT else _TOLERANCE_S
+
+
+def _truncated(promised_s: float, found_s: float) -> InputError:
+    return InputError(
+        f"is truncated: its header says {promised_s:.2f} s, {found_s:.2f} s could be decoded; copy it again"
+    )
+
+
+def _check_duration(duration_s: float, limits: AudioLimits) -> None:
+    if duration_s <= 0:
+        raise InputError("holds no samples; give a recording with sound")
+    if duration_s < limits.min_duration_s:
+        raise InputError(f"lasts {duration_s:.3f} s, allowed are {limits.min_duration_s:g} s or more")
+    if duration_s > limits.max_duration_s:
+        raise InputError(f"lasts {duration_s:.1f} s, allowed are {limits.max_duration_s:g} s at most; cut it")
+
+
+def decode_blocks(
+    path: str | Path,
+    sample_rate: int,
+    channels: int = 1,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    block_s: float = 1.0,
+) -> Iterator[Samples]:
+    """float32 [n, channels], n = block_s * sample_rate but for the last; full scale is 1.
+
+    Always decodes from the beginning, so a window holds exactly the samples that the whole would have
+    there. Up to its end a recording gives round(duration_s * sample_rate) samples. Float files may exceed
+    full scale and are left so; NaN and infinity raise `InputError`.
+    """
+    probe = probe_audio(path)
+    total = round(probe.samples * sample_rate / probe.sample_rate)
+    first = round(start_s * sample_rate)
+    last = total if duration_s is None else min(total, first + round(duration_s * sample_rate))
+    blocks = _exactly(_resampled(path, sample_rate, channels), total, sample_rate, _tolerance_s(probe.format))
+    yield from regroup(_cut(blocks, first, last), max(1, round(block_s * sample_rate)))
+
+
+def load_mono(
+    path: str | Path, sample_rate: int, start_s: float = 0.0, duration_s: float | None = None
+) -> Samples:
+    """float32 [n]."""
+    return _joined(decode_blocks(path, sample_rate, 1, start_s, duration_s))
+
+
+def _joined(blocks: Iterator[Samples]) -> Samples:
+    return np.concatenate([np.zeros(0, np.float32), *(block[:, 0] for block in blocks)])
+
+
+def _resampled(path: str | Path, sample_rate: int, channels: int) -> Iterator[Samples]:
+    with open_media(path) as (container, _):
+        stream = _sound_of(container)
+        resampler = av.AudioResampler(format="fltp", rate=sample_rate)
+        for frame in _frames(container, stream):
+            try:
+                resampled = resampler.resample(frame)
+            except ValueError as error:
+                raise InputError(
+                    "changes its sample rate or channels in the middle; make it again"
+                ) from error
+            for block in resampled:
+                yield _downmix(block, channels)
+
+
+def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame | None]:
+    """A packet that cannot be decoded is an error, except at the very end, where tags may be; the None
+    after the last frame flushes."""
+    broken: Exception | None = None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            broken = error
+            continue
+        if frames and broken:
+            raise InputError(f"is broken just before {frames[0].time or 0:.2f} s; make it again") from broken
+        yield from frames
+    yield None
+
+
+def _downmix(frame: AudioFrame, channels: int) -> Samples:
+    planes = frame.to_ndarray().astype(np.float32, copy=False)
+    if not np.isfinite(planes).all():
+        raise InputError("holds NaN or infinite samples; make it again")
+    if len(planes) > 2:
+        weights = np.array(
+            [_STEREO_WEIGHTS.get(channel.name, (0.5, 0.5)) for channel in frame.layout.channels]
+        )
+        planes = (weights / max(1.0, weights.sum(axis=0).max())).astype(np.float32).T @ planes
+    if channels == 1:
+        planes = planes.mean(axis=0, keepdims=True, dtype=np.float32)
+    return np.ascontiguousarray(np.broadcast_to(planes, (channels, planes.shape[1])).T)
+
+
+def _exactly(
+    blocks: Iterator[Samples], total: int, sample_rate: int, tolerance_s: float
+) -> Iterator[Samples]:
+    """`total` samples: a codec's padding is cut, the few that resampling may lack are zeros."""
+    count, channels = 0, 1
+    for block in blocks:
+        channels = block.shape[1]
+        yield block[: max(0, total - count)]
+        count += len(block)
+    if (total - count) / sample_rate > tolerance_s:
+        raise _truncated(total / sample_rate, count / sample_rate)
+    yield np.zeros((max(0, total - count), channels), np.float32)
+
+
+def _cut(blocks: Iterator[Samples], first: int, last: int) -> Iterator[Samples]:
+    position = 0
+    for block in blocks:
+        yield block[max(0, first - position) : max(0, last - position)]
+        position += len(block)
+        if position >= last:
+            return
+
+
+def regroup(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
+    """The same samples in blocks of `length`, the last one shorter."""
+    kept: list[Samples] = []
+    held = 0
+    for block in blocks:
+        kept.append(block)
+        held += len(block)
+        while held >= length:
+            joined = np.concatenate(kept)
+            yield joined[:length]
+            kept, held = [joined[length:]], held - length
+    if held:
+        yield np.concatenate(kept)
+
+
+def loudness_db(samples: Samples) -> float:
+    """Root mean square in dB of full scale; -inf for silence."""
+    power = float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
+    return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def is_silent(samples: Samples, threshold_db: float = SILENCE_DB) -> bool:
+    return loudness_db(samples) < threshold_db

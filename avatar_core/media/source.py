@@ -1,0 +1,205 @@
+"""The one place that reads what a table's row points to."""
+
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from avatar_core.errors import InputError
+from avatar_core.media.files import open_regular
+
+STORES = ("s3", "memory")
+NETWORK = ("http", "https", "ftp", "sftp", "gs", "gcs", "abfs", "az", "hf")
+BLOCK_BYTES = 1 << 20
+MAX_NAME_CHARS = 4096
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(?:,[^:/]*)?:")
+
+
+@dataclass(frozen=True)
+class SourcePolicy:
+    """What a row may point to. `allowed_roots` (folders, or URIs such as s3://bucket/inputs) empty = any."""
+
+    allow_network: bool = False
+    allowed_roots: Sequence[str] = ()
+    max_bytes: int = 2 << 30
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceStat:
+    """`version` changes when the content may have: modification time in ns, or the store's etag."""
+
+    uri: str
+    size: int
+    version: str
+
+
+def scheme_of(uri: str) -> str | None:
+    """'s3' of s3://..., 'concat' of concat:a|b, 'subfile' of subfile,,start,0,:x; None for a plain path."""
+    found = _SCHEME.match(uri)
+    return found[1].lower() if found else None
+
+
+def stat_source(uri: str, policy: SourcePolicy) -> SourceStat:
+    if _is_remote(uri, policy):
+        return _find_remote(uri, policy)[2]
+    with _open_local(uri, policy) as file:
+        return _local_stat(uri, file, policy)
+
+
+def copy_source(uri: str, policy: SourcePolicy, destination: Path) -> str:
+    """The SHA-256 (hex) of the copy; nothing is left at `destination` on an error."""
+    read = _read_remote if _is_remote(uri, policy) else _read_local
+    digest = hashlib.sha256()
+    try:
+        with destination.open("wb") as target:
+            for block in read(uri, policy):
+                digest.update(block)
+                target.write(block)
+    except BaseException:
+        destination.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def _is_remote(uri: str, policy: SourcePolicy) -> bool:
+    _check_name(uri)
+    scheme = scheme_of(uri)
+    if scheme in (None, "file"):
+        return False
+    if scheme in NETWORK and not policy.allow_network:
+        raise InputError(f"{uri}: network sources are off ({scheme}); set input.allow_network=true")
+    if scheme not in STORES + NETWORK:
+        raise InputError(f"{uri}: the scheme '{scheme}:' is not allowed; allowed: paths, file://, s3://")
+    return True
+
+
+def _check_name(uri: str) -> None:
+    if not uri.strip():
+        raise InputError("the path is empty; give a path or an s3:// URI")
+    if len(uri) > MAX_NAME_CHARS:
+        raise InputError(f"{uri[:60]}...: the path has {len(uri)} characters, allowed are {MAX_NAME_CHARS}")
+    if "\0" in uri or uri.encode(errors="replace") != uri.encode(errors="surrogatepass"):
+        raise InputError(f"{uri!r}: the path holds a character that no file name can have")
+    if "::" in uri:
+        raise InputError(f"{uri}: chained URIs ('::') are not allowed; give one path or one s3:// URI")
+
+
+def _read_blocks(uri: str, file: BinaryIO, stat: SourceStat) -> Iterator[bytes]:
+    size = 0
+    while block := file.read(BLOCK_BYTES):
+        size += len(block)
+        if size > stat.size:
+            break
+        yield block
+    if size != stat.size:
+        raise InputError(f"{uri}: changed while it was read ({stat.size} bytes at first); try again")
+
+
+def _check_size(uri: str, size: int | None, policy: SourcePolicy) -> None:
+    if size is None:
+        raise InputError(f"{uri}: the server does not tell its size; copy the file to a folder or s3://")
+    if size == 0:
+        raise InputError(f"{uri}: is empty (0 bytes)")
+    if size > policy.max_bytes:
+        raise InputError(f"{uri}: has {size} bytes, allowed are {policy.max_bytes}; raise input.max_bytes")
+
+
+def _check_inside(uri: str, place: str, roots: Sequence[str], policy: SourcePolicy) -> None:
+    if policy.allowed_roots and not any(is_inside(place, root) for root in roots):
+        raise InputError(f"{uri}: lies outside the allowed folders ({', '.join(policy.allowed_roots)})")
+
+
+def is_inside(place: str, root: str) -> bool:
+    """By whole path segments: /data2 is not inside /data. Both must be normal already."""
+    return place == root or place.startswith(root.rstrip("/") + "/")
+
+
+# --- local files
+
+
+def _open_local(uri: str, policy: SourcePolicy) -> BinaryIO:
+    resolved = os.path.realpath(local_path(uri))
+    roots = [os.path.realpath(local_path(root)) for root in policy.allowed_roots if _is_local(root)]
+    _check_inside(uri, resolved, roots, policy)
+    if not os.path.lexists(resolved):
+        raise InputError(f"{uri}: no such file (relative paths are relative to the table)")
+    try:
+        return open_regular(resolved)
+    except InputError as error:
+        raise InputError(f"{uri}: {error}") from error
+
+
+def _local_stat(uri: str, file: BinaryIO, policy: SourcePolicy) -> SourceStat:
+    status = os.fstat(file.fileno())
+    _check_size(uri, status.st_size, policy)
+    return SourceStat(uri, status.st_size, str(status.st_mtime_ns))
+
+
+def _read_local(uri: str, policy: SourcePolicy) -> Iterator[bytes]:
+    with _open_local(uri, policy) as file, _reading(uri):
+        yield from _read_blocks(uri, file, _local_stat(uri, file, policy))
+
+
+def _is_local(root: str) -> bool:
+    return scheme_of(root) in (None, "file")
+
+
+def local_path(uri: str) -> str:
+    """Without file:// (no percent decoding, as fsspec does)."""
+    return re.sub(r"^file:(//(localhost(?=/))?)?", "", uri, flags=re.IGNORECASE)
+
+
+# --- stores and servers
+
+
+def _find_remote(uri: str, policy: SourcePolicy) -> tuple[fsspec.AbstractFileSystem, str, SourceStat]:
+    place = normalise_uri(uri)
+    roots = [normalise_uri(root) for root in policy.allowed_roots if not _is_local(root)]
+    _check_inside(uri, place, roots, policy)
+    with _reading(uri):
+        options = policy.storage_options if scheme_of(uri) in STORES else {}
+        storage, path = fsspec.core.url_to_fs(place, **options)
+        info = storage.info(path)
+    if info.get("type") == "directory":
+        raise InputError(f"{uri}: is a folder; give a file")
+    _check_size(uri, info.get("size"), policy)
+    version = next((info[key] for key in ("ETag", "mtime", "LastModified", "created") if key in info), "")
+    return storage, path, SourceStat(uri, info["size"], str(version))
+
+
+def _read_remote(uri: str, policy: SourcePolicy) -> Iterator[bytes]:
+    storage, path, stat = _find_remote(uri, policy)
+    with _reading(uri), storage.open(path, "rb") as file:
+        yield from _read_blocks(uri, file, stat)
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (InputError, GeneratorExit):
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{uri}: no such file (relative paths are relative to the table)") from error
+    except ImportError as error:
+        raise InputError(f"{uri}: needs a package that is not installed ({error})") from error
+    except Exception as error:  # every fsspec file system has its own exception types
+        raise InputError(f"{uri}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def normalise_uri(uri: str) -> str:
+    """scheme://bucket/path with '.', '..' and '//' resolved; '..' cannot leave the bucket."""
+    scheme, _, rest = uri.partition("://")
+    if not rest:
+        raise InputError(f"{uri}: not a URI; write {scheme.rstrip(':')}://bucket/path")
+    bucket, _, path = rest.partition("/")
+    return f"{scheme.lower()}://{bucket}{posixpath.normpath('/' + path)}".rstrip("/")

@@ -1,0 +1,285 @@
+"""The table of rows that a dataset is made from."""
+
+import difflib
+import json
+import math
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from avatar_core.errors import InputError
+from avatar_core.media.records import REQUIRED, Record, parse_records
+from avatar_core.media.source import local_path, normalise_uri, scheme_of
+
+AUDIO_TYPES = ("para", "add")
+MIN_FPS, MAX_FPS = 1.0, 120.0
+MAX_SEED = 2**63 - 1
+MAX_BYTES = 512 << 20
+
+_NAMES = ("videoid", "id", "name")
+_KNOWN = frozenset(
+    (
+        *REQUIRED,
+        *_NAMES,
+        "audio_2",
+        "audio_type",
+        "prompt",
+        "negative_prompt",
+        "fps",
+        "seed",
+        "bbox",
+        "params",
+    )
+)
+
+Box = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """`index` counts data rows from 0. `bbox`: one (x_min, y_min, x_max, y_max) per speaker, in pixels of
+    the upright picture. `extra`: the columns that mean nothing here; `source`: all columns as given.
+    A row with an `error` cannot be rendered."""
+
+    index: int
+    image: str = ""
+    audio: str = ""
+    audio_2: str | None = None
+    audio_type: str | None = None
+    name: str | None = None
+    prompt: str = ""
+    negative_prompt: str = ""
+    fps: float | None = None
+    seed: int | None = None
+    bbox: tuple[Box, ...] | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def read_table(
+    uri: str, *, storage_options: Mapping[str, Any] | None = None, max_bytes: int = MAX_BYTES
+) -> list[TableRow]:
+    """A bad row comes back with its `error`; a bad table raises `InputError`."""
+    content = _read(uri, storage_options or {}, max_bytes)
+    try:
+        records = parse_records(content, max_bytes)
+        if not records:
+            raise InputError("has a header but no rows")
+        _check_required(records)
+    except InputError as error:
+        raise InputError(f"table {uri}: {error}") from error
+    return [_row(index, record) for index, record in enumerate(records)]
+
+
+def parse_rows(values: Sequence[Mapping[str, Any]]) -> list[TableRow]:
+    """Rows that are given as such, not in a file; the same columns and rules."""
+    records = [Record(dict(row), dict(row)) for row in values]
+    _check_required(records)
+    return [_row(index, record) for index, record in enumerate(records)]
+
+
+def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes:
+    try:
+        storage, path = fsspec.core.url_to_fs(uri, **storage_options)
+        info = storage.info(path)
+        if info["type"] != "file":
+            raise InputError(f"table {uri}: is a {info['type']}; give a file")
+        if (info["size"] or 0) > max_bytes:
+            raise InputError(f"table {uri}: has {info['size']} bytes, allowed are {max_bytes}; split it")
+        content: bytes = storage.cat_file(path)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"table {uri}: no such file") from error
+    except Exception as error:  # every fsspec file system has its own exception types
+        raise InputError(f"table {uri}: cannot be read ({type(error).__name__}: {error})") from error
+    return content
+
+
+def _check_required(records: Iterable[Record]) -> None:
+    columns = list(dict.fromkeys(name for record in records for name in record.values))
+    lower = {name.lower(): name for name in columns}
+    for required in REQUIRED:
+        if columns and required not in lower:
+            near = difflib.get_close_matches(required, lower, n=1, cutoff=0.5)
+            hint = f"; is {lower[near[0]]!r} meant? then rename it" if near else ""
+            raise InputError(f"has no column {required!r}; its columns: {', '.join(columns)}{hint}")
+
+
+def resolve_uri(value: str, table_uri: str) -> str:
+    """A relative path counts from the table's folder; absolute paths and URIs stay as they are."""
+    if scheme_of(value) is not None or value.startswith("/"):
+        return value
+    if scheme_of(table_uri) in (None, "file"):
+        return os.path.normpath(Path(local_path(table_uri)).absolute().parent / value)
+    return normalise_uri(posixpath.join(posixpath.dirname(table_uri), value))
+
+
+def _row(index: int, record: Record) -> TableRow:
+    cells = {name.lower(): value for name, value in record.values.items()}
+    values: dict[str, Any] = {"name": _name(cells)}
+    errors = [record.error] if record.error else []
+    for column, parse in _PARSERS.items():
+        try:
+            values[column] = parse(cells.get(column))
+        except InputError as error:
+            errors.append(f"column {column!r}: {error}")
+    if not errors:
+        errors = _check_speakers(values)
+    extra = {name: value for name, value in record.values.items() if name.lower() not in _KNOWN}
+    return TableRow(index, **values, extra=extra, source=record.source, error="; ".join(errors) or None)
+
+
+def _check_speakers(values: Mapping[str, Any]) -> list[str]:
+    speakers = 2 if values["audio_2"] else 1
+    errors = []
+    if speakers == 2 and not values["audio_type"]:
+        errors.append("column 'audio_2' is given but 'audio_type' is empty; allowed: para, add")
+    if speakers == 1 and values["audio_type"]:
+        errors.append(
+            f"column 'audio_type' is {values['audio_type']!r} but 'audio_2' is empty; give both or none"
+        )
+    if values["bbox"] and len(values["bbox"]) != speakers:
+        errors.append(f"column 'bbox' has {len(values['bbox'])} boxes for {speakers} speakers; give one each")
+    return errors
+
+
+def _name(cells: Mapping[str, Any]) -> str | None:
+    for column in _NAMES:
+        value = cells.get(column)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not _is_absent(value):
+            return str(value).strip()
+    return None
+
+
+def _is_absent(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan", "none", "null", "<na>")
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _required_path(value: Any) -> str:
+    path = _path(value)
+    if path is None:
+        raise InputError("is empty; give a path or URI")
+    return path
+
+
+def _path(value: Any) -> str | None:
+    if _is_absent(value):
+        return None
+    if not isinstance(value, str) or "\0" in value:
+        raise InputError(f"{_short(value)} is not a path or URI")
+    return value.strip()
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+
+
+def _audio_type(value: Any) -> str | None:
+    if _is_absent(value):
+        return None
+    if str(value).strip().lower() not in AUDIO_TYPES:
+        raise InputError(
+            f"{_short(value)} is not allowed; allowed: para (at once), add (one after the other)"
+        )
+    return str(value).strip().lower()
+
+
+def _fps(value: Any) -> float | None:
+    if _is_absent(value):
+        return None
+    fps = _number(value)
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise InputError(f"{_short(value)} is not a number from {MIN_FPS:g} to {MAX_FPS:g}")
+    return fps
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number, which no range holds."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _seed(value: Any) -> int | None:
+    if _is_absent(value):
+        return None
+    try:
+        seed = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+    except ValueError:
+        seed = None
+    if seed is None and _number(value).is_integer():
+        seed = int(_number(value))
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"{_short(value)} is not a whole number from 0 to {MAX_SEED}")
+    return seed
+
+
+def _json_value(value: Any) -> Any:
+    """Text cells hold JSON; Parquet and JSON give the value itself. NaN and infinity are no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, parse_constant=lambda constant: float(f"not JSON: {constant}"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{_short(value)} is not JSON ({error})") from error
+
+
+def _bbox(value: Any) -> tuple[Box, ...] | None:
+    if _is_absent(value):
+        return None
+    boxes = _json_value(value)
+    if isinstance(boxes, Sequence) and boxes and not isinstance(boxes[0], Sequence):
+        boxes = [boxes]
+    if not isinstance(boxes, Sequence) or not boxes or not all(_is_box(box) for box in boxes):
+        raise InputError(
+            f"{_short(value)} is no list of boxes; give [x_min, y_min, x_max, y_max] in pixels per speaker"
+        )
+    return tuple(tuple(float(edge) for edge in box) for box in boxes)
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
+        return False
+    x_min, y_min, x_max, y_max = map(_number, box)
+    return 0 <= x_min < x_max < math.inf and 0 <= y_min < y_max < math.inf
+
+
+def _params(value: Any) -> dict[str, Any]:
+    if _is_absent(value):
+        return {}
+    params = _json_value(value)
+    if not isinstance(params, Mapping):
+        raise InputError(f'{_short(value)} is not a JSON object such as {{"num_inference_steps": 30}}')
+    return {name: item for name, item in params.items() if item is not None}
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "image": _required_path,
+    "audio": _required_path,
+    "audio_2": _path,
+    "audio_type": _audio_type,
+    "prompt": _text,
+    "negative_prompt": _text,
+    "fps": _fps,
+    "seed": _seed,
+    "bbox": _bbox,
+    "params": _params,
+}

@@ -1,0 +1,92 @@
+"""Audio: the recordings of a clip, decoded and turned into the features that the backend wants."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from avatar_core.backends.base import Backend
+from avatar_core.config import AudioConfig
+from avatar_core.errors import InputError, about
+from avatar_core.media.audio import loudness_db
+from avatar_core.media.speakers import speaker_tracks
+from avatar_core.stages.base import Item, Output, Report
+
+SAMPLE_RATE = 16_000
+
+Combination = Literal["para", "add"] | None
+"""Two speakers at the same time (`para`) or one after the other (`add`)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Which stretch of the recordings a clip is; `duration_s` is the exact length of the clip."""
+
+    duration_s: float
+    start_s: float = 0.0
+    combine: Combination = None
+
+
+@dataclass(frozen=True)
+class AudioStageConfig:
+    segment: Segment
+    fps: float
+    silence_db: float = AudioConfig.silence_db
+    backend: Any = None
+
+
+class AudioStage:
+    name = "audio"
+    folder = None
+    columns: ClassVar = pa.schema(
+        {
+            "num_frames": pa.int64(),
+            "duration_s": pa.float64(),
+            "speakers": pa.int64(),
+            "loudness_db": pa.float64(),
+        }
+    )
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.version = backend.versions[self.name]
+        self.queue = backend.queues[self.name]
+
+    def weights(self, config: AudioStageConfig) -> tuple[str, ...]:
+        return self.backend.weights(self.name, config.backend)
+
+    def load(self, config: AudioStageConfig, device: str) -> Any:
+        return self.backend.load(self.name, config.backend, device)
+
+    def process(
+        self, item: Item, config: AudioStageConfig, models: Any, scratch: Path, report: Report
+    ) -> Output:
+        segment = config.segment
+        with about("recording"):
+            tracks = read_tracks(item.assets["audio"], segment)
+        loudness = max(loudness_db(track) for track in tracks)
+        if loudness < config.silence_db:
+            raise InputError(
+                f"recording: is silent: {loudness:.0f} dBFS, quieter than audio.silence_db="
+                f"{config.silence_db:g}; use a recording with speech or lower the limit"
+            )
+        num_frames = self.backend.num_frames(segment.duration_s, config.fps)
+        return Output(
+            {
+                "num_frames": num_frames,
+                "duration_s": segment.duration_s,
+                "speakers": len(tracks),
+                "loudness_db": loudness,
+            },
+            self.backend.encode_audio(models, tracks, SAMPLE_RATE, config.fps, num_frames),
+        )
+
+
+def read_tracks(paths: Sequence[Path], segment: Segment) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """One mono recording per speaker at `SAMPLE_RATE`, equally long."""
+    return speaker_tracks(
+        paths, segment.combine, SAMPLE_RATE, start_s=segment.start_s, duration_s=segment.duration_s
+    )

@@ -1,0 +1,90 @@
+"""What a stage is: a named, versioned, pure function on one item.
+
+Reading inputs, writing results, keys, resuming, counting and item errors are done once, by
+`avatar_core.run.run_shard`; a stage sees local files and plain values only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Tensors = Mapping[str, NDArray[Any]]
+
+Report = Callable[[int, int], None]
+"""`report(done, total)` within one item: shows progress, raises `Cancelled` once the user stopped."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of one item. `tensors` share a safetensors file with their shard; `file` stands alone."""
+
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """An accepted input in the store; `key` is the ingest item that brought it there."""
+
+    key: str
+    sha256: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSpec:
+    """An item before its inputs are resolved: all that identifies it, as plain values.
+
+    `config` is the stage's configuration after row overrides; `work` is its size for forecasts, in seconds
+    of video or 1. Ingest items name the outside world in `source`; no other stage does.
+    """
+
+    key: str
+    config: Any
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    assets: Mapping[str, tuple[Asset, ...]] = field(default_factory=dict)
+    work: float = 1.0
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of a stage's work, with everything it consumes resolved to this machine."""
+
+    key: str
+    inputs: Mapping[str, Sequence[Output]]
+    assets: Mapping[str, Sequence[Path]]
+    source: str | None = None
+
+
+class Stage(Protocol):
+    """`version` is raised whenever the output changes for the same input.
+
+    `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
+    if None.
+    """
+
+    name: str
+    version: int
+    queue: str
+    columns: pa.Schema
+    folder: str | None
+
+    def weights(self, config: Any) -> tuple[str, ...]:
+        """Registry names of the weights that `load` reads; they are part of the item's key."""
+        ...
+
+    def load(self, config: Any, device: str) -> Any:
+        """Models shared by all items whose configuration names the same weights."""
+        ...
+
+    def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output: ...
+
+
+def no_report(done: int, total: int) -> None:
+    """For callers that neither show progress nor cancel."""

@@ -1,0 +1,103 @@
+"""Ingest: an outside picture or recording becomes an asset of the store, hashed and probed by header.
+
+The only stage that meets what a table names; all later stages read the copy it makes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+
+from avatar_core.config import Config
+from avatar_core.errors import about
+from avatar_core.media.audio import AudioLimits, probe_audio
+from avatar_core.media.image import ImageLimits, check_size, probe_image
+from avatar_core.media.source import SourcePolicy, copy_source
+from avatar_core.stages.base import Item, Output, Report
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """Where a source may lie is checked anew by every run (`stat_source`), so it is no part of the key."""
+
+    kind: Literal["image", "audio"]
+    max_bytes: int
+    max_pixels: int
+    min_side: int
+    min_duration_s: float
+    max_duration_s: float
+    allow_network: bool = field(default=False, metadata={"execution": True})
+    allowed_roots: tuple[str, ...] = field(default=(), metadata={"execution": True})
+
+
+def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConfig:
+    source = config.input
+    return IngestConfig(
+        kind,
+        source.max_bytes,
+        source.max_pixels,
+        source.min_side,
+        config.audio.min_duration_s,
+        source.max_duration_s,
+        source.allow_network,
+        source.allowed_roots,
+    )
+
+
+def source_policy(config: IngestConfig) -> SourcePolicy:
+    return SourcePolicy(
+        allow_network=config.allow_network, allowed_roots=config.allowed_roots, max_bytes=config.max_bytes
+    )
+
+
+class IngestStage:
+    name = "ingest"
+    version = 1
+    queue = "cpu"
+    folder = "assets"
+    columns: ClassVar = pa.schema(
+        {
+            "kind": pa.string(),
+            "format": pa.string(),
+            "bytes": pa.int64(),
+            "width": pa.int64(),
+            "height": pa.int64(),
+            "sample_rate": pa.int64(),
+            "channels": pa.int64(),
+            "duration_s": pa.float64(),
+        }
+    )
+
+    def weights(self, config: IngestConfig) -> tuple[str, ...]:
+        return ()
+
+    def load(self, config: IngestConfig, device: str) -> None:
+        return None
+
+    def process(
+        self, item: Item, config: IngestConfig, models: None, scratch: Path, report: Report
+    ) -> Output:
+        assert item.source is not None
+        copy = scratch / "asset"
+        copy_source(item.source, source_policy(config), copy)
+        probe = _probe_picture if config.kind == "image" else _probe_recording
+        with about(f"{config.kind} {item.source}"):
+            columns = {"kind": config.kind, "bytes": copy.stat().st_size, **probe(copy, config)}
+        return Output(columns, file=copy.rename(scratch / f"asset.{columns['format']}"))
+
+
+def _probe_picture(path: Path, config: IngestConfig) -> dict[str, Any]:
+    probe = probe_image(path)
+    check_size(probe.width, probe.height, ImageLimits(config.max_pixels, config.min_side))
+    return {"format": probe.format, "width": probe.width, "height": probe.height}
+
+
+def _probe_recording(path: Path, config: IngestConfig) -> dict[str, Any]:
+    probe = probe_audio(path, AudioLimits(config.max_duration_s, config.min_duration_s))
+    return {
+        "format": probe.format,
+        "sample_rate": probe.sample_rate,
+        "channels": probe.channels,
+        "duration_s": probe.duration_s,
+    }

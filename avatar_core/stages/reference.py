@@ -1,0 +1,71 @@
+"""Reference: the picture at the size of the video, as the backend wants it. Faces are chosen here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from avatar_core.backends.base import Backend, Picture
+from avatar_core.config import FaceConfig, InputConfig
+from avatar_core.media.face import Face, choose
+from avatar_core.media.image import ImageLimits, fit, load_image
+from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.face import faces_from_tensors
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ReferenceStageConfig:
+    """`boxes`: one per speaker, x_min, y_min, x_max, y_max in pixels of the upright picture."""
+
+    max_side: int
+    speakers: int = 1
+    boxes: tuple[Box, ...] = ()
+    rule: str = FaceConfig.rule
+    required: bool = FaceConfig.required
+    backend: Any = None
+
+
+class ReferenceStage:
+    name = "reference"
+    folder = None
+    columns: ClassVar = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.version = backend.versions[self.name]
+        self.queue = backend.queues[self.name]
+
+    def weights(self, config: ReferenceStageConfig) -> tuple[str, ...]:
+        return self.backend.weights(self.name, config.backend)
+
+    def load(self, config: ReferenceStageConfig, device: str) -> Any:
+        return self.backend.load(self.name, config.backend, device)
+
+    def process(
+        self, item: Item, config: ReferenceStageConfig, models: Any, scratch: Path, report: Report
+    ) -> Output:
+        found = item.inputs["face"][0]
+        faces = faces_from_tensors(found.tensors)
+        if faces or config.required:
+            faces = choose(faces, config.rule, config.boxes or None, config.speakers)
+        picture = load_fitted(item.assets["image"][0], config.max_side)
+        height, width = picture.shape[:2]
+        scale = min(1.0, config.max_side / max(found.columns["width"], found.columns["height"]))
+        scaled = [_scaled(face, scale) for face in faces]
+        return Output(
+            {"faces": len(faces), "width": width, "height": height},
+            self.backend.encode_picture(models, picture, scaled, config.backend),
+        )
+
+
+def load_fitted(path: Path, max_side: int) -> Picture:
+    """The upright picture at the size of the video. Ingest and face have checked it: no limits here."""
+    return fit(load_image(path, ImageLimits(max_pixels=2 * InputConfig.max_pixels, min_side=2)), max_side)
+
+
+def _scaled(face: Face, scale: float) -> Face:
+    return Face(face.box * np.float32(scale), face.score, face.points * np.float32(scale))

@@ -1,0 +1,191 @@
+"""Reads a stage's attempts from single manifests and from catalog files, which hold many of them.
+
+A catalog file covers the manifests whose rows it holds and the older catalog files that it names.
+Whatever cannot be read counts as absent, with a warning: its work is done again.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from avatar_core.errors import StoreError
+from avatar_core.store.keys import new_id
+from avatar_core.store.manifest import (
+    ATTEMPT_NAME,
+    BASE_SCHEMA,
+    manifest_folder,
+    parquet_bytes,
+    read_parquet,
+)
+from avatar_core.store.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_READERS = 16
+_LISTINGS = 5  # gc may delete a listed file before it is read; what it held is in a newer one
+_SUPERSEDES = b"avatar.supersedes"
+_GROWTH = 4  # a compaction takes in older catalog files up to so many times its own rows
+
+
+@dataclass(frozen=True)
+class CatalogFile:
+    table: pa.Table
+    supersedes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """`catalogs` and `manifests`, oldest first, hold every row once.
+
+    `superseded` catalog files and `covered` manifests exist but add nothing to them.
+    """
+
+    catalogs: Mapping[str, CatalogFile]
+    manifests: Mapping[str, pa.Table]
+    superseded: frozenset[str]
+    covered: frozenset[str]
+
+    def table(self) -> pa.Table:
+        tables = [file.table for file in self.catalogs.values()]
+        tables += [_with_attempt(table, attempt) for attempt, table in self.manifests.items()]
+        return _united(tables)
+
+
+def catalog_folder(stage: str) -> str:
+    return f"catalog/{stage}"
+
+
+def read_attempts(storage: Storage, stage: str) -> Attempts:
+    for _ in range(_LISTINGS):
+        try:
+            return _read_listed(storage, stage)
+        except _VanishedError:
+            continue
+    raise StoreError(
+        f"the attempts at {stage} in {storage.uri} are deleted while they are read; try again later"
+    )
+
+
+def compact(storage: Storage, stage: str, min_manifests: int = 64) -> str | None:
+    """Once so many manifests are uncovered, writes them into a catalog file; deletes nothing.
+
+    Older catalog files are taken in by size, so that few are left to read and each row is copied
+    only a few times as a store grows.
+    """
+    attempts = read_attempts(storage, stage)
+    if len(attempts.manifests) < max(min_manifests, 1):
+        return None
+    tables = [_with_attempt(table, attempt) for attempt, table in attempts.manifests.items()]
+    rows = sum(table.num_rows for table in tables)
+    supersedes: set[str] = set()
+    for name, file in sorted(attempts.catalogs.items(), key=lambda item: item[1].table.num_rows):
+        if file.table.num_rows > _GROWTH * rows:
+            break
+        tables.append(file.table)
+        rows += file.table.num_rows
+        supersedes |= {name, *file.supersedes}
+    names = json.dumps(sorted(supersedes & {*attempts.catalogs, *attempts.superseded}))
+    table = _united(tables).replace_schema_metadata({_SUPERSEDES: names.encode()})
+    catalog = new_id()
+    storage.write_bytes(f"{catalog_folder(stage)}/{catalog}.parquet", parquet_bytes(table))
+    return catalog
+
+
+class _VanishedError(Exception):
+    pass
+
+
+def _read_listed(storage: Storage, stage: str) -> Attempts:
+    # Manifests are listed first: one that is gone by then is in a catalog file that is listed after it.
+    listed = _attempt_paths(storage, manifest_folder(stage))
+    catalogs, superseded = _read_catalogs(storage, _attempt_paths(storage, catalog_folder(stage)))
+    held = {attempt for file in catalogs.values() for attempt in file.table["attempt"].unique().to_pylist()}
+    open_paths = {attempt: path for attempt, path in listed.items() if attempt not in held}
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = pool.map(lambda path: _read_table(storage, path), open_paths.values())
+        manifests = {
+            attempt: table for attempt, table in zip(open_paths, tables, strict=True) if table is not None
+        }
+    return Attempts(catalogs, manifests, superseded, frozenset(listed.keys() & held))
+
+
+def _read_catalogs(
+    storage: Storage, paths: Mapping[str, str]
+) -> tuple[dict[str, CatalogFile], frozenset[str]]:
+    """The files that no other one supersedes, oldest first, each attempt in one of them only."""
+    files: dict[str, CatalogFile] = {}
+    superseded: set[str] = set()
+    for name in sorted(paths, reverse=True):
+        table = None if name in superseded else _read_table(storage, paths[name])
+        if table is not None and "attempt" in table.column_names:
+            files[name] = CatalogFile(
+                table, frozenset(json.loads((table.schema.metadata or {}).get(_SUPERSEDES, b"[]")))
+            )
+            superseded |= files[name].supersedes
+    held = pa.array([], pa.string())
+    catalogs = {}
+    for name in sorted(files.keys() - superseded):
+        table = files[name].table.filter(pc.invert(pc.is_in(files[name].table["attempt"], value_set=held)))
+        held = pa.concat_arrays([held, pc.unique(table["attempt"])])
+        catalogs[name] = CatalogFile(table, files[name].supersedes)
+    return catalogs, frozenset(superseded & paths.keys())
+
+
+def _attempt_paths(storage: Storage, folder: str) -> dict[str, str]:
+    """Oldest first."""
+    paths = [path for path in sorted(storage.list(folder)) if ATTEMPT_NAME.fullmatch(path.rpartition("/")[2])]
+    return {path.rpartition("/")[2].removesuffix(".parquet"): path for path in paths}
+
+
+def _read_table(storage: Storage, path: str) -> pa.Table | None:
+    try:
+        data = storage.read_bytes(path)
+    except StoreError:
+        if storage.exists(path):
+            raise
+        raise _VanishedError from None
+    try:
+        return read_parquet(data)
+    except StoreError as error:
+        logger.warning("%s in %s is ignored: %s", path, storage.uri, error)
+        return None
+
+
+def _with_attempt(table: pa.Table, attempt: str) -> pa.Table:
+    return table.append_column("attempt", pa.repeat(attempt, table.num_rows))
+
+
+def _united(tables: Iterable[pa.Table]) -> pa.Table:
+    """Rows by attempt, oldest first, with the columns of all."""
+    empty = BASE_SCHEMA.append(pa.field("attempt", pa.string())).empty_table()
+    plain = [empty, *(table.replace_schema_metadata(None) for table in tables)]
+    try:
+        table = pa.concat_tables(plain, promote_options="permissive")
+    except pa.ArrowException:
+        table = pa.concat_tables(_without_clashes(plain), promote_options="permissive")
+    return table.combine_chunks().sort_by("attempt")
+
+
+def _without_clashes(tables: list[pa.Table]) -> list[pa.Table]:
+    """Where a stage changed the type of a column, the newest type stays and other values count as absent."""
+    newest = {field.name: field for table in tables for field in table.schema}
+    settled = []
+    for table in tables:
+        clashing = [field.name for field in table.schema if not _unite(field, newest[field.name])]
+        if clashing:
+            logger.warning("older values of %s have another type and are ignored", ", ".join(clashing))
+        settled.append(table.drop_columns(clashing))
+    return settled
+
+
+def _unite(field: pa.Field, newest: pa.Field) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([field]), pa.schema([newest])], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True

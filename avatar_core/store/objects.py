@@ -1,0 +1,76 @@
+"""Files of an object store (S3 and its kin) or in memory, through fsspec.
+
+Every write is one request, because leaving an open s3fs file by an exception publishes what was
+written so far.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from avatar_core.errors import ConfigError
+from avatar_core.store.disk import FileInfo
+
+_DELETE_BATCH = 1000  # S3 takes no more keys in one request
+
+
+class ObjectFiles:
+    def __init__(self, protocol: str, root: str, options: Mapping[str, Any]) -> None:
+        try:
+            self._fs = fsspec.filesystem(protocol, **{"use_listings_cache": False, **options})
+        except ImportError as error:
+            raise ConfigError(
+                f"storage root {protocol}://{root} needs a package that is not installed: "
+                "pip install 'avatar-dataset[s3]'"
+            ) from error
+        self._root = root
+        self.uri = f"{protocol}://{root}"
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._fs.cat_file(self._full(path)))
+
+    def write(self, path: str, data: bytes) -> None:
+        self._fs.pipe_file(self._full(path), data)
+
+    def put(self, path: str, local: Path) -> None:
+        self._fs.put_file(str(local), self._full(path))
+
+    def fetch(self, path: str, target: Path) -> None:
+        self._fs.get_file(self._full(path), str(target))
+
+    def copy(self, path: str, target: str) -> None:
+        self._fs.cp_file(self._full(path), self._full(target))
+
+    def info(self, path: str) -> FileInfo | None:
+        try:
+            entry = self._fs.info(self._full(path))
+        except FileNotFoundError:
+            return None
+        return _file_info(entry) if entry["type"] == "file" else None
+
+    def etag(self, path: str) -> str | None:
+        """The MD5 of an object that was put in one unencrypted request; something else otherwise."""
+        etag = self._fs.info(self._full(path)).get("ETag")
+        return etag.strip('"') if etag else None
+
+    def list(self, prefix: str) -> dict[str, FileInfo]:
+        found = self._fs.find(self._full(prefix), detail=True)
+        start = len(self._fs._strip_protocol(self._root).strip("/")) + 1
+        return {name.lstrip("/")[start:]: _file_info(entry) for name, entry in found.items()}
+
+    def delete(self, paths: Iterable[str]) -> None:
+        full = [self._full(path) for path in paths]
+        for start in range(0, len(full), _DELETE_BATCH):
+            self._fs.rm(full[start : start + _DELETE_BATCH])
+            if self._fs.exists(full[start]):  # s3fs passes over refused deletions
+                raise PermissionError("the store refused to delete")
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+
+def _file_info(entry: Mapping[str, Any]) -> FileInfo:
+    changed = entry.get("LastModified", entry.get("created"))  # S3, memory
+    return FileInfo(entry["size"], changed if isinstance(changed, float) else changed.timestamp())

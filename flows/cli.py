@@ -1,0 +1,321 @@
+"""The `avatar` command. Heavy imports wait until a command needs them, so `--help` is instant."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from avatar_core.errors import AvatarError, Cancelled, ConfigError
+
+if TYPE_CHECKING:
+    from avatar_core.config import Config
+    from avatar_core.pipeline import Result
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify.")
+app.add_typer(weights_app, name="weights")
+console = Console()
+errors = Console(stderr=True)
+
+EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_CANCELLED = 1, 2, 130
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TABLE | PICTURE RECORDING] [OVERRIDE ...]",
+        help="A table of rows, or one picture and one recording; then options such as video.fps=30, "
+        "preset=draft, backend=preview, batch=demo.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N rows.", metavar="N")]
+Only = Annotated[list[str] | None, typer.Option(help="Only rows of this name (repeatable).", metavar="NAME")]
+Takes = Annotated[int | None, typer.Option(help="Videos per row, each with another seed.", metavar="N")]
+ConfigDir = Annotated[
+    Path | None, typer.Option(help="Folder with your own batch/, preset/, ... files.", metavar="DIR")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A dataset's name (its latest run) or a run id.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[OVERRIDE ...]", help="For example storage.root=DIR.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def avatar(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, with tracebacks.")
+    ] = False,
+) -> None:
+    """A table of pictures and recordings becomes a dataset of talking-avatar videos."""
+    if version:
+        from importlib.metadata import version as installed
+
+        console.print(f"avatar-dataset {installed('avatar-dataset')}")
+        raise typer.Exit
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(message)s")
+
+
+@app.command()
+def render(
+    words: Words = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Copy the video here (one picture, one recording).")
+    ] = None,
+    limit: Limit = None,
+    only: Only = None,
+    takes: Takes = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Render a table, a batch file, or one picture with one recording."""
+    from avatar_core.pipeline import render as render_batch
+    from flows.terminal import create_view, print_result
+
+    config, is_pair = _configured(words or [], limit, only, takes, config_dir)
+    if output and not is_pair:
+        raise ConfigError(
+            "-o/--output goes with one PICTURE and one RECORDING; a table's videos are in its dataset"
+        )
+    with stoppable() as stopped, create_view(console) as view:
+        result = render_batch(config, view, stopped)
+    print_result(console, result.metadata, result.dataset)
+    if output and result.failures.empty:
+        _copy_video(config, result, output)
+    _exit_for(result, config)
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    limit: Limit = None,
+    only: Only = None,
+    takes: Takes = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
+    from avatar_core.pipeline import estimate, open_batch
+    from flows.terminal import create_view, print_plan
+
+    config, _ = _configured(words or [], limit, only, takes, config_dir)
+    with stoppable() as stopped, create_view(console) as view:
+        batch = open_batch(config, view, stopped)
+    print_plan(console, batch, estimate(batch))
+
+
+@app.command()
+def rerun(
+    run: RunName,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Compute this stage and all after it again.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only clips that failed.")] = False,
+) -> None:
+    """Run a batch again: what failed, or a stage of it."""
+    from avatar_core.pipeline import rerun as rerun_batch
+    from flows.compose import compose_config
+    from flows.terminal import create_view, print_result
+
+    config = compose_config(overrides or [])
+    with stoppable() as stopped, create_view(console) as view:
+        result = rerun_batch(config, run, stage=stage, only_failed=failed, observer=view, cancelled=stopped)
+    print_result(console, result.metadata, result.dataset)
+    _exit_for(result, config)
+
+
+@app.command()
+def verify(
+    run: RunName,
+    overrides: Overrides = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Hide what is damaged, so that it is made again.")
+    ] = False,
+) -> None:
+    """Hash everything of a dataset again: its videos, and what the store holds for them."""
+    from avatar_core.maintenance import verify_run
+    from avatar_core.pipeline import open_storage
+    from flows.compose import compose_config
+
+    report = verify_run(open_storage(compose_config(overrides or [])), run, repair=repair)
+    for problem in report.problems:
+        console.print(Text(problem, style="red"), soft_wrap=True)
+    console.print(f"{report.checked} files checked, {len(report.problems)} damaged or missing")
+    if report.problems:
+        hint = (
+            f"run `avatar rerun {run}`"
+            if repair
+            else f"`avatar verify {run} --repair`, then `avatar rerun {run}`"
+        )
+        console.print(Text(f"to mend it: {hint}"))
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@app.command()
+def gc(
+    overrides: Overrides = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete; without it only say what would go.")
+    ] = False,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="A run that no longer counts (repeatable).", metavar="RUN")
+    ] = None,
+    min_age_days: Annotated[float, typer.Option(help="Younger files stay.", min=0)] = 7.0,
+) -> None:
+    """Delete what no recorded run needs any more."""
+    from avatar_core.maintenance import collect_garbage
+    from avatar_core.pipeline import open_storage
+    from flows.compose import compose_config
+
+    storage = open_storage(compose_config(overrides or []))
+    report = collect_garbage(storage, forget=forget or (), min_age_s=min_age_days * 86400, delete=delete)
+    for kind, count in report.files.items():
+        console.print(f"{kind}: {count} files, {report.bytes[kind] / 1e6:.1f} MB")
+    total = sum(report.bytes.values()) / 1e6
+    console.print(f"{total:.1f} MB {'deleted' if delete else 'can go: run again with --delete'}")
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """Every known set of weights and whether it is here."""
+    from rich.table import Table
+
+    from avatar_core import weights
+
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for heading in ("name", "present", "licence", "what for"):
+        table.add_column(heading)
+    for name, entry in weights.load_registry().items():
+        table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.purpose)
+    console.print(table)
+
+
+@weights_app.command("fetch")
+def weights_fetch(name: str) -> None:
+    """Download weights into the weights folder and check them."""
+    from avatar_core import weights
+
+    console.print(Text(f"{name}: {weights.fetch(name)}"), soft_wrap=True)
+
+
+@weights_app.command("verify")
+def weights_verify(name: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Hash the files of one or all weights that are here."""
+    from avatar_core import weights
+
+    names = [name] if name else [n for n in weights.load_registry() if weights.present(n)]
+    problems = {n: weights.verify(n) for n in names}
+    for checked, found in problems.items():
+        console.print(Text(f"{checked}: {'; '.join(found) or 'ok'}"), soft_wrap=True)
+    if any(problems.values()):
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@app.command()
+def doctor(overrides: Overrides = None) -> None:
+    """Check this machine: versions, GPUs, codecs, disk, weights, broken packages."""
+    from rich.table import Table
+
+    from flows.compose import compose_config
+    from flows.doctor import report
+
+    config = compose_config(overrides or [])
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for heading in ("", "what", "found"):
+        table.add_column(heading, overflow="fold")
+    findings = report(config.storage.root)
+    for section, item, value, ok in findings:
+        table.add_row(section, item, Text(value, style="" if ok else "red"))
+    console.print(table)
+    if not all(finding[3] for finding in findings):
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+def _configured(
+    words: Sequence[str],
+    limit: int | None,
+    only: Sequence[str] | None,
+    takes: int | None,
+    config_dir: Path | None,
+) -> tuple["Config", bool]:
+    """The configuration of `render` and `plan`, and whether it is one picture with one recording."""
+    from flows.compose import compose_config, is_override, quoted
+
+    files = [word for word in words if not is_override(word)]
+    overrides = [word for word in words if is_override(word)]
+    if len(files) == 1:
+        overrides.append(f"table={quoted(files[0])}")
+    elif len(files) == 2:
+        image, audio = map(quoted, files)
+        overrides.append(f"rows=[{{image: {image}, audio: {audio}}}]")
+        if not any(word.startswith("name=") for word in overrides):
+            overrides.append(f"name={quoted('-'.join(Path(file).stem for file in files))}")
+    elif files:
+        raise ConfigError(
+            f"give one TABLE, or one PICTURE and one RECORDING; got {len(files)} files: {files}"
+        )
+    overrides += [f"limit={limit}"] if limit is not None else []
+    overrides += [f"takes={takes}"] if takes is not None else []
+    overrides += [f"only=[{','.join(map(quoted, only))}]"] if only else []
+    config = compose_config(overrides, config_dir)
+    if not config.table and not config.rows:
+        raise ConfigError("nothing to render: give a TABLE, a PICTURE and a RECORDING, or batch=NAME")
+    return config, len(files) == 2
+
+
+def _copy_video(config: "Config", result: "Result", output: Path) -> None:
+    from avatar_core.pipeline import batch_name, open_storage
+
+    clip = result.metadata.iloc[0]
+    path = f"datasets/{batch_name(config)}/{clip['file_name']}"
+    open_storage(config).copy_out(path, output, clip["sha256"])
+    console.print(Text(f"written to {output}"), soft_wrap=True)
+
+
+def _exit_for(result: "Result", config: "Config") -> None:
+    if result.failed_fraction > config.max_failed_fraction:
+        failed, total = len(result.failures), len(result.metadata)
+        errors.print(
+            f"{failed} of {total} clips failed; more than max_failed_fraction={config.max_failed_fraction:g} allows"
+        )
+        raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@contextmanager
+def stoppable() -> Iterator[Any]:
+    """Gives a function that tells whether Ctrl-C or SIGTERM came; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        errors.print("\nstopping after the current step; press Ctrl-C again to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point: our own errors are one line, not a traceback."""
+    try:
+        app()
+    except (Cancelled, KeyboardInterrupt):
+        errors.print("stopped; what is finished is kept, the same command goes on from here")
+        sys.exit(EXIT_CANCELLED)
+    except AvatarError as error:
+        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What a run looks like: live bars in a terminal, plain lines elsewhere."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from avatar_core.pipeline import Batch, Estimate
+from avatar_core.progress import Observer
+
+ROWS_SHOWN = 40
+
+
+class View(Observer, Protocol):
+    """An observer that is shown for as long as a run lasts."""
+
+    def __enter__(self) -> "View": ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def create_view(console: Console) -> View:
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+class PlainView:
+    """One line per stage, failure and warning; a count every ten per cent of a long stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._done = 0
+        self._to_do = 0
+
+    def __enter__(self) -> "PlainView":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        self._done, self._to_do = 0, to_do
+        self._line(f"{stage}: {to_do} to do, {cached} of {items} cached")
+
+    def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
+        pass
+
+    def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+        self._done += 1
+        if row["status"] == "failed":
+            self._line(f"{stage}: failed: {row['error']}")
+        if self._done * 10 // self._to_do > (self._done - 1) * 10 // self._to_do and self._to_do >= 20:
+            self._line(f"{stage}: {self._done} of {self._to_do}")
+
+    def clip_published(self, name: str, path: str) -> None:
+        pass
+
+    def warning(self, message: str) -> None:
+        self._line(f"warning: {message}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+class LiveView:
+    """A bar per stage with its failures and the time left; what needs reading scrolls above."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._failed: dict[str, int] = {}
+        self._whole: dict[str, int] = {}
+        self._cached: dict[str, int] = {}
+
+    def __enter__(self) -> "LiveView":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        if stage in self._tasks:  # damaged results are being computed again
+            self.progress.remove_task(self._tasks[stage])
+        self._failed[stage], self._whole[stage], self._cached[stage] = 0, 0, cached
+        self._tasks[stage] = self.progress.add_task(stage, total=max(to_do, 1), note="")
+        if not to_do:
+            self.progress.update(self._tasks[stage], completed=1, total=1)
+        self._show(stage, 0.0)
+
+    def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
+        self._show(stage, min(done / max(total, 1), 0.99))
+
+    def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+        self._whole[stage] += 1
+        if row["status"] == "failed":
+            self._failed[stage] += 1
+            self.progress.console.print(Text(f"{stage}: failed: {row['error']}", style="red"), soft_wrap=True)
+        self._show(stage, 0.0)
+
+    def clip_published(self, name: str, path: str) -> None:
+        pass
+
+    def warning(self, message: str) -> None:
+        self.progress.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+    def _show(self, stage: str, fraction: float) -> None:
+        notes = []
+        if self._cached[stage]:
+            notes.append(f"{self._cached[stage]} cached")
+        if self._failed[stage]:
+            notes.append(f"[red]{self._failed[stage]} failed[/]")
+        task = self.progress.tasks[self.progress.task_ids.index(self._tasks[stage])]
+        completed = task.completed if task.finished else self._whole[stage] + fraction
+        self.progress.update(self._tasks[stage], completed=completed, note=", ".join(notes))
+
+
+def print_result(console: Console, metadata: pd.DataFrame, dataset: str) -> None:
+    table = Table(title=None, header_style="bold", pad_edge=False, box=None)
+    for heading in ("clip", "status", "length", "size", "file or reason"):
+        table.add_column(heading, overflow="fold")
+    ordered = metadata.sort_values("status", kind="stable")  # failures first
+    for row in ordered.head(ROWS_SHOWN).to_dict("records"):
+        if row["status"] == "ok":
+            cells = [f"{row['duration_s']:.2f} s", f"{row['width']}x{row['height']}", row["file_name"]]
+        else:
+            cells = ["", "", f"{row['failed_stage']}: {row['error']}"]
+        status = Text(row["status"], style="green" if row["status"] == "ok" else "red")
+        table.add_row(Text(row["name"]), status, *map(Text, cells))
+    console.print(table)
+    if len(ordered) > ROWS_SHOWN:
+        console.print(f"... and {len(ordered) - ROWS_SHOWN} more in metadata.parquet")
+    failed = int((metadata["status"] != "ok").sum())
+    console.print(Text(f"{len(metadata) - failed} of {len(metadata)} clips in {dataset}"), soft_wrap=True)
+
+
+def print_plan(console: Console, batch: Batch, forecast: Mapping[str, Estimate]) -> None:
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for heading in ("stage", "items", "cached", "to do", "time", "size"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage, stage_plan in batch.plan().items():
+        to_do = len(stage_plan.to_do)
+        cells = [str(stage_plan.items), str(stage_plan.cached), str(to_do)]
+        if to_do:
+            expected = forecast[stage]
+            cells.append("unknown" if expected.seconds is None else f"{expected.seconds:.1f} s")
+            cells.append("" if expected.bytes is None else f"{expected.bytes / 1e6:.1f} MB")
+        table.add_row(stage, *cells)
+    console.print(table)
+    rejected = [clip for clip in batch.clips if clip.error]
+    for clip in rejected:
+        console.print(
+            Text(f"rejected {clip.name} (row {clip.row.index + 1}): {clip.error}", style="red"),
+            soft_wrap=True,
+        )
+    seconds = [forecast[stage].seconds for stage, p in batch.plan().items() if p.to_do]
+    total = "unknown" if None in seconds else f"{sum(s for s in seconds if s is not None):.0f} s"
+    console.print(
+        f"{len(batch.clips)} clips, {len(rejected)} rejected; estimated time: {total}", highlight=False
+    )

@@ -1,0 +1,59 @@
+"""Storage on a local disk and on an S3 server that lives as long as its test process."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from avatar_core.store.storage import Storage
+
+_BUCKET = "avatar-test"
+_ACCESS = {"key": "test-access", "secret": "test-secret-value"}
+
+
+@pytest.fixture(scope="session")
+def s3_options() -> Iterator[dict[str, Any]]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=_ACCESS["key"],
+        aws_secret_access_key=_ACCESS["secret"],
+    )
+    client.create_bucket(Bucket=_BUCKET)
+    yield {**_ACCESS, "endpoint_url": endpoint}
+    server.stop()
+
+
+@pytest.fixture
+def s3_root() -> str:
+    return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
+
+
+MakeStorage = Callable[..., Storage]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def make_storage(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStorage:
+    """Opens one root of this test, anew with each call; keyword arguments go to `Storage`."""
+    root, options = str(tmp_path / "store"), None
+    if request.param == "s3":
+        root, options = request.getfixturevalue("s3_root"), request.getfixturevalue("s3_options")
+
+    def make(**arguments: Any) -> Storage:
+        return Storage(root, options, **{"cache_dir": tmp_path / "cache", **arguments})
+
+    return make
+
+
+@pytest.fixture
+def storage(make_storage: MakeStorage) -> Storage:
+    return make_storage()

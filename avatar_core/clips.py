@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 from slugify import slugify
@@ -39,7 +40,6 @@ class Source:
     asset: Asset | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
-    error_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,6 @@ class Clip:
     seed: int | None = None
     items: Mapping[str, ItemSpec] = field(default_factory=dict)
     error: str | None = None
-    error_type: str | None = None
 
 
 class ClipBuilder:
@@ -80,9 +79,7 @@ class ClipBuilder:
                 raise InputError(row.error)
             yield from self._takes(row, name)
         except InputError as error:
-            yield Clip(row, name, error=str(error), error_type=type(error).__name__)
-        except _RejectedSource as rejected:
-            yield Clip(row, name, error=rejected.source.error, error_type=rejected.source.error_type)
+            yield Clip(row, name, error=str(error))
 
     def _takes(self, row: TableRow, name: str) -> Iterator[Clip]:
         segments = self._segments(row)
@@ -168,7 +165,7 @@ class ClipBuilder:
     def _source(self, uri: str, column: str) -> Source:
         source = self.sources[f"{column}:{uri}"]
         if source.asset is None:
-            raise _RejectedSource(source)
+            raise InputError(source.error)
         return source
 
     def _segments(self, row: TableRow) -> list[Segment]:
@@ -220,11 +217,6 @@ class ClipBuilder:
         return digest([weights.fingerprint(name) for name in names]) if names else ""
 
 
-class _RejectedSource(Exception):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-
 def cut(duration_s: float, combine: Any, config: Config, fps: float) -> list[Segment]:
     """The stretches of a recording that become clips: equal parts, cut between frames."""
     limit = config.audio.max_duration_s
@@ -232,14 +224,14 @@ def cut(duration_s: float, combine: Any, config: Config, fps: float) -> list[Seg
         return [Segment(duration_s, combine=combine)]
     if config.audio.long == "refuse":
         raise InputError(
-            f"recordings last {duration_s:.1f} s together; at most audio.max_duration_s={limit:g} s is allowed: "
-            "shorten them, raise the limit, or set audio.long=split"
+            f"the recording lasts {duration_s:.1f} s, allowed are audio.max_duration_s={limit:g} s: "
+            "shorten it, raise the limit, or set audio.long=split"
         )
     if config.audio.long == "trim":
         return [Segment(limit, combine=combine)]
     parts = math.ceil(duration_s / limit)
     edges = [round(duration_s * k / parts * fps) / fps for k in range(parts)] + [duration_s]
-    return [Segment(stop - start, start, combine) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [Segment(stop - start, start, combine) for start, stop in pairwise(edges)]
 
 
 def clip_names(rows: Sequence[TableRow]) -> tuple[list[str], list[str]]:

@@ -59,7 +59,7 @@ def verify_run(storage: Storage, name_or_id: str, *, repair: bool = False) -> Ve
 def collect_garbage(
     storage: Storage, *, forget: Collection[str] = (), min_age_s: float, delete: bool = False
 ) -> GcReport:
-    """Delete, or only list, what none of the recorded runs needs; `forget` names runs that no longer count."""
+    """Delete, or only list, what no recorded run needs; `forget` names runs that no longer count."""
     forgotten = {find_run(storage, name).id for name in forget}
     roots: dict[str, set[str]] = {stage: set() for stage in STAGES}
     assets: set[str] = set()

@@ -315,7 +315,7 @@ def ingest(
         try:
             specs[name] = _ingest_item(kind, uri, config)
         except InputError as error:
-            sources[name] = Source(error=str(error), error_type="InputError")
+            sources[name] = Source(error=str(error))
     # A failed ingest may pass when the file was mended in place, so only successes are reused.
     missing = {spec.key: spec for spec in specs.values() if not results.has(spec.key)}
     observer.stage_started("ingest", items=len(kinds), cached=len(specs) - len(missing), to_do=len(missing))
@@ -343,7 +343,7 @@ def _source(key: str, results: StageResults) -> Source:
         return Source(Asset(key, row["sha256"], row["data"]), row)
     failure = results.failure(key)
     assert failure is not None
-    return Source(error=failure["error"], error_type=failure["error_type"])
+    return Source(error=failure["error"])
 
 
 def _run_stage(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from avatar_core.clips import Clip
+from avatar_core.errors import InputError
 from avatar_core.stages.base import ItemSpec
 
 STAGES = ("face", "audio", "reference", "denoise", "decode")
@@ -72,7 +73,7 @@ def first_failure(clip: Clip, results: Mapping[str, Results], *, lasting: bool =
     With `lasting` only failures count that will not pass by themselves.
     """
     if clip.error is not None:
-        return Failure("ingest", clip.error_type or "InputError", clip.error)
+        return Failure("ingest", InputError.__name__, clip.error)
     if results["decode"].has(clip.items["decode"].key):
         return None
     for stage in STAGES:

@@ -188,10 +188,10 @@ def weights_list() -> None:
     from avatar_core import weights
 
     table = Table(header_style="bold", pad_edge=False, box=None)
-    for heading in ("name", "present", "licence", "what for"):
+    for heading in ("name", "here", "licence", "what"):
         table.add_column(heading)
     for name, entry in weights.load_registry().items():
-        table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.purpose)
+        table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.title)
     console.print(table)
 
 
@@ -200,7 +200,7 @@ def weights_fetch(name: str) -> None:
     """Download weights into the weights folder and check them."""
     from avatar_core import weights
 
-    console.print(Text(f"{name}: {weights.fetch(name)}"), soft_wrap=True)
+    weights.fetch(name, lambda line: console.print(Text(line), soft_wrap=True))
 
 
 @weights_app.command("verify")
@@ -281,7 +281,8 @@ def _exit_for(result: "Result", config: "Config") -> None:
     if result.failed_fraction > config.max_failed_fraction:
         failed, total = len(result.failures), len(result.metadata)
         errors.print(
-            f"{failed} of {total} clips failed; more than max_failed_fraction={config.max_failed_fraction:g} allows"
+            f"{failed} of {total} clips failed; "
+            f"max_failed_fraction={config.max_failed_fraction:g} allows fewer"
         )
         raise typer.Exit(EXIT_FAILED_ROWS)
 

@@ -46,7 +46,8 @@ def _explained(error: Exception, folder: Path) -> str:
         return f"unknown option `{name}`{nearest(name, [*option_names(Config), *_groups(folder)])}"
     if group := _MISSING_GROUP.search(text):
         choices = sorted(path.stem for path in (folder / group[1]).glob("*.yaml"))
-        return f"unknown {group[1]} `{group[2]}`; choose one of: {', '.join(choices)}{nearest(group[2], choices)}"
+        hint = nearest(group[2], choices)
+        return f"unknown {group[1]} `{group[2]}`; choose one of: {', '.join(choices)}{hint}"
     return f"cannot read the configuration: {text}"
 
 

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
 from avatar_core.store.storage import Storage
+
+hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("shared machine")
 
 _BUCKET = "avatar-test"
 _ACCESS = {"key": "test-access", "secret": "test-secret-value"}

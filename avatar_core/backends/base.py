@@ -1,7 +1,7 @@
 """What a backend offers to the stages. A backend is a folder that knows no other backend."""
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +18,8 @@ Tensors = Mapping[str, NDArray[Any]]
 BACKENDS = {"preview": "avatar_core.backends.preview.backend:PreviewBackend"}
 
 
-class ReportStep(Protocol):
-    def __call__(self, done: int, total: int) -> None: ...
+ReportStep = Callable[[int, int], None]
+"""`report(done, total)`: steps of one clip; raises `Cancelled` once the user stopped."""
 
 
 class Backend(Protocol):

@@ -105,7 +105,8 @@ def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[i
             first = packet.pts if first is None else first
             end = packet.pts + (packet.duration or 0)
         if packet.has_sidedata("skip_samples"):
-            skipped += sum(struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples"))))
+            front, back = struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples")))
+            skipped += front + (back if kind == "mp3" else 0)  # elsewhere the last packet is already shorter
     if (
         kind == "webm" and first is not None
     ):  # its packet durations are rounded to ms, its times do not add up

@@ -191,5 +191,5 @@ def max_pool(x: Array, size: int) -> Array:
 
 def face_probability(logits: Array) -> Array:
     """Softmax over (no face, face), second part."""
-    difference = logits[..., 0] - logits[..., 1]
-    return np.float32(1) / (np.float32(1) + np.exp(np.clip(difference, -60, 60)))
+    difference = np.clip(logits[..., 0] - logits[..., 1], -60, 60)
+    return np.asarray(1 / (1 + np.exp(difference)), np.float32)

@@ -137,6 +137,8 @@ def _parse_json(text: str) -> list[Record]:
     except ValueError as error:
         return _parse_json_lines(text, error)
     rows = document if isinstance(document, list) else [document]
+    if not any(isinstance(row, dict) for row in rows):
+        raise InputError("holds no rows; give JSON objects with image and audio")
     return [_json_record(row) for row in rows]
 
 

@@ -200,6 +200,6 @@ def normalise_uri(uri: str) -> str:
     """scheme://bucket/path with '.', '..' and '//' resolved; '..' cannot leave the bucket."""
     scheme, _, rest = uri.partition("://")
     if not rest:
-        raise InputError(f"{uri}: not a URI; write {scheme.rstrip(':')}://bucket/path")
+        raise InputError(f"{uri}: not a URI; write {scheme_of(uri)}://bucket/path")
     bucket, _, path = rest.partition("/")
     return f"{scheme.lower()}://{bucket}{posixpath.normpath('/' + path)}".rstrip("/")

@@ -104,7 +104,7 @@ def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes
 
 
 def _check_required(records: Iterable[Record]) -> None:
-    columns = list(dict.fromkeys(name for record in records for name in record.values))
+    columns = list(dict.fromkeys(name for record in records if not record.error for name in record.values))
     lower = {name.lower(): name for name in columns}
     for required in REQUIRED:
         if columns and required not in lower:

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from avatar_core.backends.base import Backend
 from avatar_core.config import AudioConfig
 from avatar_core.errors import InputError, about
 from avatar_core.media.audio import loudness_db
 from avatar_core.media.speakers import speaker_tracks
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.base import BackendStage, Item, Output, Report
 
 SAMPLE_RATE = 16_000
 
@@ -38,10 +37,9 @@ class AudioStageConfig:
     backend: Any = None
 
 
-class AudioStage:
+class AudioStage(BackendStage):
     name = "audio"
-    folder = None
-    columns: ClassVar = pa.schema(
+    columns = pa.schema(
         {
             "num_frames": pa.int64(),
             "duration_s": pa.float64(),
@@ -49,17 +47,6 @@ class AudioStage:
             "loudness_db": pa.float64(),
         }
     )
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.version = backend.versions[self.name]
-        self.queue = backend.queues[self.name]
-
-    def weights(self, config: AudioStageConfig) -> tuple[str, ...]:
-        return self.backend.weights(self.name, config.backend)
-
-    def load(self, config: AudioStageConfig, device: str) -> Any:
-        return self.backend.load(self.name, config.backend, device)
 
     def process(
         self, item: Item, config: AudioStageConfig, models: Any, scratch: Path, report: Report

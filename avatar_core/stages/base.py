@@ -4,13 +4,16 @@ Reading inputs, writing results, keys, resuming, counting and item errors are do
 `avatar_core.run.run_shard`; a stage sees local files and plain values only.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from avatar_core.backends.base import Backend
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -62,7 +65,7 @@ class Item:
     source: str | None = None
 
 
-class Stage(Protocol):
+class Stage(ABC):
     """`version` is raised whenever the output changes for the same input.
 
     `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
@@ -71,20 +74,32 @@ class Stage(Protocol):
 
     name: str
     version: int
-    queue: str
+    queue: str = "cpu"
     columns: pa.Schema
-    folder: str | None
+    folder: str | None = None
 
     def weights(self, config: Any) -> tuple[str, ...]:
         """Registry names of the weights that `load` reads; they are part of the item's key."""
-        ...
+        return ()
 
     def load(self, config: Any, device: str) -> Any:
         """Models shared by all items whose configuration names the same weights."""
-        ...
+        return None
 
+    @abstractmethod
     def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output: ...
 
 
-def no_report(done: int, total: int) -> None:
-    """For callers that neither show progress nor cancel."""
+class BackendStage(Stage):
+    """A stage whose work is the backend's."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.version = backend.versions[self.name]
+        self.queue = backend.queues[self.name]
+
+    def weights(self, config: Any) -> tuple[str, ...]:
+        return self.backend.weights(self.name, config.backend)
+
+    def load(self, config: Any, device: str) -> Any:
+        return self.backend.load(self.name, config.backend, device)

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
-from avatar_core.backends.base import Backend
 from avatar_core.media.speakers import mix_blocks
 from avatar_core.media.video import Sound, VideoWriter
 from avatar_core.stages.audio import Segment
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.reference import load_fitted
 
 
@@ -28,10 +27,9 @@ class DecodeStageConfig:
     backend: Any = None
 
 
-class DecodeStage:
+class DecodeStage(BackendStage):
     name = "decode"
-    folder = None
-    columns: ClassVar = pa.schema(
+    columns = pa.schema(
         {
             "num_frames": pa.int64(),
             "width": pa.int64(),
@@ -41,17 +39,6 @@ class DecodeStage:
             "bytes": pa.int64(),
         }
     )
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.version = backend.versions[self.name]
-        self.queue = backend.queues[self.name]
-
-    def weights(self, config: DecodeStageConfig) -> tuple[str, ...]:
-        return self.backend.weights(self.name, config.backend)
-
-    def load(self, config: DecodeStageConfig, device: str) -> Any:
-        return self.backend.load(self.name, config.backend, device)
 
     def process(
         self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report

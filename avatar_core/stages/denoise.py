@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
-from avatar_core.backends.base import Backend
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.base import BackendStage, Item, Output, Report
 
 
 @dataclass(frozen=True)
@@ -17,21 +16,9 @@ class DenoiseStageConfig:
     backend: Any = None
 
 
-class DenoiseStage:
+class DenoiseStage(BackendStage):
     name = "denoise"
-    folder = None
-    columns: ClassVar = pa.schema({"seed": pa.int64()})
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.version = backend.versions[self.name]
-        self.queue = backend.queues[self.name]
-
-    def weights(self, config: DenoiseStageConfig) -> tuple[str, ...]:
-        return self.backend.weights(self.name, config.backend)
-
-    def load(self, config: DenoiseStageConfig, device: str) -> Any:
-        return self.backend.load(self.name, config.backend, device)
+    columns = pa.schema({"seed": pa.int64()})
 
     def process(
         self, item: Item, config: DenoiseStageConfig, models: Any, scratch: Path, report: Report

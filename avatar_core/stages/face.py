@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,7 @@ from avatar_core.config import InputConfig
 from avatar_core.errors import about
 from avatar_core.media.face import Face, FaceDetector, align
 from avatar_core.media.image import ImageLimits, load_image
-from avatar_core.stages.base import Item, Output, Report, Tensors
+from avatar_core.stages.base import Item, Output, Report, Stage, Tensors
 
 CROP_SIZE = 256
 
@@ -24,12 +23,10 @@ class FaceStageConfig:
     min_side: int = InputConfig.min_side
 
 
-class FaceStage:
+class FaceStage(Stage):
     name = "face"
     version = 1
-    queue = "cpu"
-    folder = None
-    columns: ClassVar = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
+    columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
 
     def weights(self, config: FaceStageConfig) -> tuple[str, ...]:
         return ("mtcnn",)

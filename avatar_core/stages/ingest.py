@@ -5,7 +5,7 @@ The only stage that meets what a table names; all later stages read the copy it 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -14,7 +14,7 @@ from avatar_core.errors import about
 from avatar_core.media.audio import AudioLimits, probe_audio
 from avatar_core.media.image import ImageLimits, check_size, probe_image
 from avatar_core.media.source import SourcePolicy, copy_source
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.base import Item, Output, Report, Stage
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ def source_policy(config: IngestConfig) -> SourcePolicy:
     )
 
 
-class IngestStage:
+class IngestStage(Stage):
     name = "ingest"
     version = 1
-    queue = "cpu"
     folder = "assets"
-    columns: ClassVar = pa.schema(
+    columns = pa.schema(
         {
             "kind": pa.string(),
             "format": pa.string(),
@@ -68,12 +67,6 @@ class IngestStage:
             "duration_s": pa.float64(),
         }
     )
-
-    def weights(self, config: IngestConfig) -> tuple[str, ...]:
-        return ()
-
-    def load(self, config: IngestConfig, device: str) -> None:
-        return None
 
     def process(
         self, item: Item, config: IngestConfig, models: None, scratch: Path, report: Report

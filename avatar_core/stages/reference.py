@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from avatar_core.backends.base import Backend, Picture
+from avatar_core.backends.base import Picture
 from avatar_core.config import FaceConfig, InputConfig
 from avatar_core.media.face import Face, choose
 from avatar_core.media.image import ImageLimits, fit, load_image
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.face import faces_from_tensors
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -23,27 +21,15 @@ class ReferenceStageConfig:
 
     max_side: int
     speakers: int = 1
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[tuple[float, ...], ...] = ()
     rule: str = FaceConfig.rule
     required: bool = FaceConfig.required
     backend: Any = None
 
 
-class ReferenceStage:
+class ReferenceStage(BackendStage):
     name = "reference"
-    folder = None
-    columns: ClassVar = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.version = backend.versions[self.name]
-        self.queue = backend.queues[self.name]
-
-    def weights(self, config: ReferenceStageConfig) -> tuple[str, ...]:
-        return self.backend.weights(self.name, config.backend)
-
-    def load(self, config: ReferenceStageConfig, device: str) -> Any:
-        return self.backend.load(self.name, config.backend, device)
+    columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
 
     def process(
         self, item: Item, config: ReferenceStageConfig, models: Any, scratch: Path, report: Report

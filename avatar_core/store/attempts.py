@@ -106,11 +106,12 @@ def _read_listed(storage: Storage, stage: str) -> Attempts:
     catalogs, superseded = _read_catalogs(storage, _attempt_paths(storage, catalog_folder(stage)))
     held = {attempt for file in catalogs.values() for attempt in file.table["attempt"].unique().to_pylist()}
     open_paths = {attempt: path for attempt, path in listed.items() if attempt not in held}
+    manifests = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = pool.map(lambda path: _read_table(storage, path), open_paths.values())
-        manifests = {
-            attempt: table for attempt, table in zip(open_paths, tables, strict=True) if table is not None
-        }
+        contents = pool.map(lambda path: _read(storage, path), open_paths.values())
+        for (attempt, path), data in zip(open_paths.items(), contents, strict=True):
+            if (table := _parsed(storage, path, data)) is not None:
+                manifests[attempt] = table
     return Attempts(catalogs, manifests, superseded, frozenset(listed.keys() & held))
 
 
@@ -121,12 +122,13 @@ def _read_catalogs(
     files: dict[str, CatalogFile] = {}
     superseded: set[str] = set()
     for name in sorted(paths, reverse=True):
-        table = None if name in superseded else _read_table(storage, paths[name])
+        if name in superseded:
+            continue
+        table = _parsed(storage, paths[name], _read(storage, paths[name]))
         if table is not None and "attempt" in table.column_names:
-            files[name] = CatalogFile(
-                table, frozenset(json.loads((table.schema.metadata or {}).get(_SUPERSEDES, b"[]")))
-            )
-            superseded |= files[name].supersedes
+            named = json.loads((table.schema.metadata or {}).get(_SUPERSEDES, b"[]"))
+            files[name] = CatalogFile(table, frozenset(named))
+            superseded.update(named)
     held = pa.array([], pa.string())
     catalogs = {}
     for name in sorted(files.keys() - superseded):
@@ -142,13 +144,16 @@ def _attempt_paths(storage: Storage, folder: str) -> dict[str, str]:
     return {path.rpartition("/")[2].removesuffix(".parquet"): path for path in paths}
 
 
-def _read_table(storage: Storage, path: str) -> pa.Table | None:
+def _read(storage: Storage, path: str) -> bytes:
     try:
-        data = storage.read_bytes(path)
+        return storage.read_bytes(path)
     except StoreError:
         if storage.exists(path):
             raise
         raise _VanishedError from None
+
+
+def _parsed(storage: Storage, path: str, data: bytes) -> pa.Table | None:
     try:
         return read_parquet(data)
     except StoreError as error:

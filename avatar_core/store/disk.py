@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,7 +76,7 @@ class DiskFiles:
             status = (self.root / path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return FileInfo(status.st_size, status.st_mtime)
+        return FileInfo(status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str) -> dict[str, FileInfo]:
         found: dict[str, FileInfo] = {}

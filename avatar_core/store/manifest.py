@@ -37,6 +37,8 @@ ATTEMPT_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.parquet")
 
 _REUSE_AGE_S = 86400.0  # an older copy is written anew, lest gc finds it old enough to delete
 
+_THREADS_PAY_BYTES = 1 << 20
+
 
 def manifest_folder(stage: str) -> str:
     return f"stages/{stage}/manifests"
@@ -84,7 +86,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def read_parquet(data: bytes) -> pa.Table:
     """Raises `StoreError` for anything but a whole table with the base columns."""
     try:
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        table = file.read(use_threads=len(data) > _THREADS_PAY_BYTES)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(f"not a readable Parquet file: {error}") from error
     for field in BASE_SCHEMA:

@@ -62,6 +62,8 @@ class Storage:
             self._files.write(_checked(path), data)
 
     def put_file(self, path: str, local: Path) -> None:
+        if not local.is_file():
+            raise StoreError(f"{local} is not a file, so it cannot become {path} in {self.uri}")
         with self._explained("write", path):
             self._files.put(_checked(path), local)
 
@@ -181,7 +183,7 @@ def _open_root(root: str, options: Mapping[str, Any]) -> DiskFiles | ObjectFiles
         return DiskFiles(Path(rest if separator else root).expanduser().resolve())
     if "@" in rest.split("/")[0]:
         raise ConfigError("the storage root holds credentials; put them into the storage options instead")
-    if protocol not in ("s3", "memory") or (protocol == "s3" and not rest.strip("/")):
+    if protocol not in ("s3", "memory") or (protocol == "s3" and not rest.partition("/")[0]):
         raise ConfigError(f"storage root {root!r} is neither a folder nor of the form s3://bucket/prefix")
     return ObjectFiles(protocol, rest.strip("/"), options)
 

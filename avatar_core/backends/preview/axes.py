@@ -90,10 +90,10 @@ class FaceAxes:
         self.turn = self._turn(contours)
 
     def _turn(self, contours: Contours) -> float:
-        """0 for a face seen from the front .. 1 for a profile, by how far the nose is off the middle."""
-        to_left = abs(float((contours.nose - contours.left_eye_upper.mean(axis=0)) @ self.across))
-        to_right = abs(float((contours.right_eye_upper.mean(axis=0) - contours.nose) @ self.across))
-        return abs(to_left - to_right) / max(to_left + to_right, 1e-3)
+        """0 for a face seen from the front, about 1 where the nose stands below an eye, more in profile."""
+        left, right = contours.left_eye_upper.mean(axis=0), contours.right_eye_upper.mean(axis=0)
+        to_left, to_right = (contours.nose - left) @ self.across, (right - contours.nose) @ self.across
+        return abs(float(to_left - to_right)) / max(float(to_left + to_right), 1.0)
 
 
 def unit_vector(vector: Points, fallback: Points) -> Points:

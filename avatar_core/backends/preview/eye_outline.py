@@ -13,18 +13,18 @@ MIDDLE = 4  # index of a lid's middle point
 LEAST_OPEN, MOST_OPEN = 0.30, 0.68  # lid distance in half eye widths
 
 
-def fitted_eye(picture: Picture, upper: Points, lower: Points) -> tuple[Points, Points]:
-    """Lids (9, 2) moved up or down to the picture's own; unchanged where no dark eye is seen."""
+def fitted_eye(picture: Picture, upper: Points, lower: Points) -> tuple[Points, Points] | None:
+    """Lids (9, 2) moved up or down to the picture's own; None where no open eye is seen."""
     corner = upper[0]
     across = (upper[-1] - corner) / 2
     half_width = float(np.linalg.norm(across))
     if half_width < 2:
-        return upper, lower
+        return None
     down = np.array([-across[1], across[0]])
     centre = corner + across
     edges = dark_edges(darkness_profile(picture, centre, across, down))
     if edges is None:
-        return upper, lower
+        return None
     unit = down / half_width**2  # projects picture pixels to half eye widths
     lash, lid = edges
     upper = upper + down * np.clip(lash - (upper[MIDDLE] - centre) @ unit, -0.35, 0.35)

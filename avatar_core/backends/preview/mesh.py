@@ -44,8 +44,8 @@ def first_square(points: Points) -> tuple[Points, float, float]:
     """Centre, side and roll (radians) of the square round the detector's points."""
     eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
     across = points[1] - points[0]
-    extent = max(np.linalg.norm(mouth - eyes), 0.9 * np.linalg.norm(across), 1.0)
-    return 0.45 * eyes + 0.55 * mouth, 4.0 * float(extent), float(np.arctan2(across[1], across[0]))
+    extent = max(float(np.linalg.norm(mouth - eyes)), 0.9 * float(np.linalg.norm(across)), 1.0)
+    return 0.45 * eyes + 0.55 * mouth, 4.0 * extent, float(np.arctan2(across[1], across[0]))
 
 
 def fitted_square(mesh: Points) -> tuple[Points, float, float]:
@@ -79,7 +79,7 @@ def reduced_warp(picture: Picture, matrix: Points) -> Picture:
     zoom = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     steps = 1 if zoom >= 0.5 else 2 if zoom > 0.25 else 4
     warped = cv2.warpAffine(picture, matrix * steps, (SIDE * steps, SIDE * steps))
-    return warped if steps == 1 else cv2.resize(warped, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(warped, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 @cache

@@ -65,7 +65,7 @@ def smooth_edges(across: Floats, edges: Floats, at: Floats) -> tuple[Floats, Flo
     ragged = line - np.polyval(np.polyfit(across, line, 2), across)
     if np.sqrt((ragged**2).mean()) > 0.08:
         return None
-    upper, lower = (np.polyval(np.polyfit(across, edge, 2), at) for edge in edges)
+    upper, lower = (np.asarray(np.polyval(np.polyfit(across, edge, 2), at), np.float64) for edge in edges)
     return upper, np.maximum(upper, lower)
 
 

@@ -74,4 +74,4 @@ def eye_mouth_distance(points: Points) -> float:
 def affine(source: Points, target: Points) -> Points:
     """Least-squares affine map [2, 3]."""
     columns, *_ = np.linalg.lstsq(np.column_stack([source, np.ones(len(source))]), target)
-    return columns.T
+    return np.asarray(columns.T, np.float64)

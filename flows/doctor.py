@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from avatar_core import weights
-from avatar_core.errors import WeightsError
 
 CORE = (
     *("av", "hydra-core", "numpy", "opencv-python-headless", "pandas", "pillow", "pyarrow", "pydantic"),
@@ -138,19 +137,11 @@ def _weights() -> Iterator[Check]:
     for name, entry in weights.load_registry().items():
         if not weights.present(name):
             # Files that are fetched serve options, which say so themselves when they are used.
-            yield Check("weights", name, _absence(name), entry.kind != "package")
+            yield Check("weights", name, f"absent; run: {weights.remedy(name)}", entry.kind != "package")
         elif problems := weights.verify(name):
             yield Check("weights", name, f"altered: {'; '.join(problems)}", False)
         else:
             yield Check("weights", name, "present", True)
-
-
-def _absence(name: str) -> str:
-    try:
-        weights.locate(name)
-    except WeightsError as error:
-        return f"absent: {error}"
-    return "absent"
 
 
 def _imports() -> Iterator[Check]:

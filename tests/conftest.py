@@ -1,5 +1,6 @@
 """Storage on a local disk and on an S3 server that lives as long as its test process."""
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
+from avatar_core.pipeline import render
 from avatar_core.store.storage import Storage
+from tests.sample_rows import Rendered, write_landscape, write_picture, write_recording, write_table
 
 hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared machine")
@@ -61,3 +64,34 @@ def make_storage(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStorage:
 @pytest.fixture
 def storage(make_storage: MakeStorage) -> Storage:
     return make_storage()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two portraits, a picture of two people, one of nobody, and two recordings; not to be changed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_picture(folder / "portrait.jpg")
+    write_picture(folder / "closeup.jpg", "closeup")
+    write_picture(folder / "two_people.jpg", "two_people", side=400)
+    write_landscape(folder / "landscape.png")
+    write_recording(folder / "hello.wav", start_s=0.5)
+    write_recording(folder / "again.wav", start_s=1.5, duration_s=0.48)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rendered(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Rendered:
+    """A finished batch; tests that change the store take their copy of it from `store`."""
+    rows = [
+        {"image": image, "audio": audio, "prompt": "A person talks."}
+        for image in ("portrait.jpg", "closeup.jpg")
+        for audio in ("hello.wav", "again.wav")
+    ]
+    table = write_table(inputs / "batch.csv", rows)
+    store = tmp_path_factory.mktemp("rendered") / "store"
+    return Rendered(table, store, render({"table": str(table), "storage": {"root": str(store)}}))
+
+
+@pytest.fixture
+def store(rendered: Rendered, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rendered.store, tmp_path / "store"))

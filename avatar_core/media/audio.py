@@ -3,7 +3,7 @@
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,10 @@ def probe_audio(path: str | Path, limits: AudioLimits | None = None) -> AudioPro
 
 def _sound_of(container: InputContainer) -> AudioStream:
     if not container.streams.audio:
-        raise InputError("has no sound; give a recording")
+        raise InputError("has no sound, or was cut off; give a complete recording")
     stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise InputError(f"has sound in an unknown codec; allowed: PCM, {', '.join(_CODECS)}")
     codec = stream.codec_context.codec.canonical_name
     if not codec.startswith(("pcm_", "adpcm_")) and codec not in _CODECS:
         raise InputError(f"has sound in the codec {codec}; allowed: PCM, {', '.join(_CODECS)}")
@@ -127,7 +129,7 @@ def _promised_samples(path: str | Path, kind: str, stream: AudioStream, samples:
 
 def _wav_data_bytes(path: str | Path) -> int:
     """FFmpeg takes the smaller of header and file, which hides a cut file."""
-    with open_regular(os.path.realpath(path)) as file:
+    with open_regular(path) as file:
         file.seek(12)
         while len(head := file.read(8)) == 8:
             name, size = struct.unpack("<4sI", head)
@@ -192,7 +194,7 @@ def _joined(blocks: Iterator[Samples]) -> Samples:
 def _resampled(path: str | Path, sample_rate: int, channels: int) -> Iterator[Samples]:
     with open_media(path) as (container, _):
         stream = _sound_of(container)
-        resampler = av.AudioResampler(format="fltp", rate=sample_rate)
+        resampler = av.AudioResampler(format="flt", rate=sample_rate)
         for frame in _frames(container, stream):
             try:
                 resampled = resampler.resample(frame)
@@ -221,17 +223,24 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
 
 
 def _downmix(frame: AudioFrame, channels: int) -> Samples:
-    planes = frame.to_ndarray().astype(np.float32, copy=False)
-    if not np.isfinite(planes).all():
+    """[n, channels]. Frames are interleaved: PyAV reads past the end of one with 8 planes."""
+    samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels).astype(np.float32, copy=False)
+    if not np.isfinite(samples).all():
         raise InputError("holds NaN or infinite samples; make it again")
-    if len(planes) > 2:
-        weights = np.array(
-            [_STEREO_WEIGHTS.get(channel.name, (0.5, 0.5)) for channel in frame.layout.channels]
-        )
-        planes = (weights / max(1.0, weights.sum(axis=0).max())).astype(np.float32).T @ planes
+    if samples.shape[1] > 2:
+        samples = samples @ _stereo_weights([channel.name for channel in frame.layout.channels])
     if channels == 1:
-        planes = planes.mean(axis=0, keepdims=True, dtype=np.float32)
-    return np.ascontiguousarray(np.broadcast_to(planes, (channels, planes.shape[1])).T)
+        samples = samples.mean(axis=1, keepdims=True, dtype=np.float32)
+    return np.broadcast_to(samples, (len(samples), channels))
+
+
+def _stereo_weights(names: Sequence[str]) -> Samples:
+    """[channels, 2], scaled so that full scale cannot be exceeded. A file that names no channels counts as
+    5.1 or 7.1 where it has 6 or 8, else all channels weigh the same."""
+    if len(names) in (6, 8) and not set(names) & set(_STEREO_WEIGHTS):
+        names = list(_STEREO_WEIGHTS)[: len(names)]
+    weights = np.array([_STEREO_WEIGHTS.get(name, (0.5, 0.5)) for name in names], np.float32)
+    return (weights / max(1.0, float(weights.sum(axis=0).max()))).astype(np.float32)
 
 
 def _exactly(

@@ -1,6 +1,5 @@
 """Opening recordings and videos with FFmpeg, hardened against files that name other files."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +32,16 @@ def open_media(path: str | Path) -> Iterator[tuple[InputContainer, str]]:
     FFmpeg gets an open file, never a name, so no protocol is reachable, and one demuxer only, so a
     playlist under another name does not open.
     """
-    with open_regular(os.path.realpath(path)) as file:
+    with open_regular(path) as file:
         kind = sniff_head(file.read(HEAD_BYTES))
         file.seek(0)
         if kind not in _DEMUXERS:
             raise refuse(kind, ALLOWED)
         options = {"format_whitelist": _DEMUXERS[kind], "protocol_whitelist": "none"}
         try:
-            with av.open(file, "r", options=options, timeout=TIMEOUT_S) as container:
+            with av.open(
+                file, "r", options=options, timeout=TIMEOUT_S, metadata_errors="replace"
+            ) as container:
                 yield container, kind
         except av.error.FFmpegError as error:
             reason = error.strerror or type(error).__name__

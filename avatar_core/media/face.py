@@ -177,7 +177,7 @@ def align(picture: Picture, points: NDArray[np.floating], size: int = 256) -> Pi
     matrix = similarity(np.asarray(points, np.float64), ALIGNED_POINTS * size)
     zoom = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     # A strong reduction is done in two steps, the second one averaging.
-    steps = int(np.clip(np.ceil(1 / zoom), 1, 8)) if zoom < 0.5 else 1
+    steps = int(np.clip(np.ceil(1 / max(zoom, 0.1)), 1, 8)) if zoom < 0.5 else 1
     wide = (size * steps, size * steps)
     crop = cv2.warpAffine(picture, matrix * steps, wide, borderMode=cv2.BORDER_REPLICATE)
     return _averaged(np.asarray(crop, np.uint8), (size, size))

@@ -45,9 +45,10 @@ _SIGNATURES = (
 _PLAYLISTS = ("#extm3u", "ffconcat", "[playlist]", "v=0")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Only a non-empty regular file opens: a link, folder, pipe or device raises `InputError` at once."""
+def open_regular(path: str | Path, follow_links: bool = True) -> BinaryIO:
+    """Only a non-empty regular file opens: a folder, pipe or device raises `InputError` at once."""
     try:
+        path = os.path.realpath(path) if follow_links else path
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)

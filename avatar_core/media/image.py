@@ -1,7 +1,6 @@
 """Pictures: header, upright RGB pixels, size for video."""
 
 import io
-import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -83,7 +82,7 @@ def load_image(path: str | Path, limits: ImageLimits | None = None) -> NDArray[n
 
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[tuple[Image.Image, str]]:
-    with open_regular(os.path.realpath(path)) as file:
+    with open_regular(path) as file:
         kind = sniff_head(file.read(HEAD_BYTES))
         if kind not in FORMATS:
             raise refuse(kind, "PNG, JPEG, WebP")

@@ -133,7 +133,7 @@ def _open_local(uri: str, policy: SourcePolicy) -> BinaryIO:
     if not os.path.lexists(resolved):
         raise InputError(f"{uri}: no such file (relative paths are relative to the table)")
     try:
-        return open_regular(resolved)
+        return open_regular(resolved, follow_links=False)
     except InputError as error:
         raise InputError(f"{uri}: {error}") from error
 

@@ -43,7 +43,7 @@ def mix_blocks(
 ) -> Iterator[Samples]:
     """float32 [n, channels]. Recordings at the same time are each scaled by 1 / their number, so that the
     sum cannot clip, wherever the clip is cut."""
-    gain = np.float32(1 / len(paths) if how == "para" else 1)
+    gain = np.float32(1 / max(1, len(paths)) if how == "para" else 1)
     for blocks in _in_step(paths, how, sample_rate, channels, start_s, duration_s):
         yield sum(blocks[1:], blocks[0]) * gain
 

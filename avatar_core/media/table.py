@@ -90,7 +90,8 @@ def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes
         storage, path = fsspec.core.url_to_fs(uri, **storage_options)
         info = storage.info(path)
         if info["type"] != "file":
-            raise InputError(f"table {uri}: is a {info['type']}; give a file")
+            kind = "a folder" if info["type"] == "directory" else "no regular file"
+            raise InputError(f"table {uri}: is {kind}; give a CSV, JSON Lines, JSON or Parquet file")
         if (info["size"] or 0) > max_bytes:
             raise InputError(f"table {uri}: has {info['size']} bytes, allowed are {max_bytes}; split it")
         content: bytes = storage.cat_file(path)

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.codec.context import Flags
+from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ AAC_BITS_PER_CHANNEL = 96_000
 def frame_rate(fps: float) -> Fraction:
     """29.97 means 30000/1001, as do its kin 23.976 and 59.94; other rates to a denominator of 1001."""
     ntsc = Fraction(round(fps) * 1000, 1001)
-    return ntsc if abs(fps - ntsc) < 0.005 else Fraction(fps).limit_denominator(1001)
+    return ntsc if abs(fps - ntsc) < 0.0002 * fps else Fraction(fps).limit_denominator(1001)
 
 
 def aac_sample_rate(sample_rate: int) -> int:
@@ -174,9 +175,7 @@ class VideoProbe:
 def probe_video(path: str | Path) -> VideoProbe:
     """Frames are counted by packets, none is decoded."""
     with open_media(path) as (container, _):
-        if not container.streams.video:
-            raise InputError("has no pictures; give a video")
-        stream = container.streams.video[0]
+        stream = _pictures_of(container)
         fps = stream.average_rate or Fraction(0)
         num_frames = sum(1 for packet in container.demux(stream) if packet.size)
         voice = container.streams.audio[0] if container.streams.audio else None
@@ -192,12 +191,16 @@ def probe_video(path: str | Path) -> VideoProbe:
         )
 
 
+def _pictures_of(container: InputContainer) -> VideoStream:
+    if not container.streams.video:
+        raise InputError("has no pictures, or was cut off; give a complete video")
+    return container.streams.video[0]
+
+
 def read_frames(path: str | Path) -> Iterator[NDArray[np.uint8]]:
     """uint8 RGB [H, W, 3]."""
     with open_media(path) as (container, _):
-        if not container.streams.video:
-            raise InputError("has no pictures; give a video")
-        for frame in container.decode(container.streams.video[0]):
+        for frame in container.decode(_pictures_of(container)):
             yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 

@@ -31,6 +31,10 @@ class HashMemo:
         self._known[path] = (status.st_size, status.st_mtime_ns, found)
         return found
 
+    def remember(self, path: Path, sha256: str) -> None:
+        status = path.stat()
+        self._known[path] = (status.st_size, status.st_mtime_ns, sha256)
+
 
 class FileCache:
     """Keeps at most `limit_bytes`, beyond that only what some living process has been handed."""
@@ -48,6 +52,7 @@ class FileCache:
         if not (path.exists() and self._hashes.sha256(path) == sha256):
             with publishing(path) as partial:
                 fetch(partial)
+            self._hashes.remember(path, sha256)
             self._unscanned_bytes += path.stat().st_size
         # access times are set by hand: many machines mount without them
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

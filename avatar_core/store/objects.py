@@ -19,7 +19,7 @@ _DELETE_BATCH = 1000  # S3 takes no more keys in one request
 class ObjectFiles:
     def __init__(self, protocol: str, root: str, options: Mapping[str, Any]) -> None:
         try:
-            self._fs = fsspec.filesystem(protocol, **{"use_listings_cache": False, **options})
+            self._fs = fsspec.filesystem(protocol, **{**options, "use_listings_cache": False})
         except ImportError as error:
             raise ConfigError(
                 f"storage root {protocol}://{root} needs a package that is not installed: "
@@ -57,7 +57,7 @@ class ObjectFiles:
 
     def list(self, prefix: str) -> dict[str, FileInfo]:
         found = self._fs.find(self._full(prefix), detail=True)
-        start = len(self._fs._strip_protocol(self._root).strip("/")) + 1
+        start = len(self._root) + 1 if self._root else 0
         return {name.lstrip("/")[start:]: _file_info(entry) for name, entry in found.items()}
 
     def delete(self, paths: Iterable[str]) -> None:

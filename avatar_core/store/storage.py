@@ -78,7 +78,7 @@ class Storage:
 
     def list(self, prefix: str = "", *, partial: bool = False) -> dict[str, FileInfo]:
         """Every file below the folder `prefix`; with `partial` also what killed writers left behind."""
-        with self._explained("list", prefix):
+        with self._explained("list", prefix or "files"):
             found = self._files.list(_checked(prefix) if prefix else "")
         return {path: info for path, info in found.items() if partial or not path.endswith(PARTIAL_SUFFIX)}
 
@@ -161,6 +161,10 @@ class Storage:
         except AvatarError:
             raise
         except FileNotFoundError as error:
+            if action in ("write", "list"):
+                raise StoreError(
+                    f"cannot {action} {path} in {self.uri}: there is no such bucket; create it"
+                ) from error
             raise self._absent(path) from error
         except Exception as error:
             if self.is_local and not isinstance(error, OSError):

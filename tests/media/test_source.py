@@ -167,8 +167,6 @@ def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
     assert stat_source(first.uri, policy).version != first.version
     assert "no such file" in refusal(f"{s3_root}/in/absent.png", policy)
     assert "lies outside" in refusal(f"{s3_root}/in/../a.png", policy)
-
-
-def test_s3_with_wrong_credentials(s3_root: str) -> None:
-    options = {"key": "x", "secret": "y", "endpoint_url": "http://127.0.0.1:9"}
-    assert "cannot be read" in refusal(f"{s3_root}/a.png", SourcePolicy(storage_options=options))
+    assert "s3://absent-bucket/a.png: " in refusal(
+        "s3://absent-bucket/a.png", SourcePolicy(storage_options=s3_options)
+    )

@@ -301,8 +301,10 @@ def test_parquet_with_doubled_columns(tmp_path: Path) -> None:
 def test_table_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.csv: no such file"):
         read_table(str(tmp_path / "absent.csv"))
-    with pytest.raises(InputError, match="is a directory"):
+    with pytest.raises(InputError, match="is a folder"):
         read_table(str(tmp_path))
+    with pytest.raises(InputError, match="is no regular file"):
+        read_table("/dev/zero")
     with pytest.raises(InputError, match="nosuch"):
         read_table("nosuch://bucket/rows.csv")
     (tmp_path / "big.csv").write_text(HEADER + ROW * 100)

@@ -1,5 +1,4 @@
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass, field, replace
@@ -213,12 +212,3 @@ def test_ids_are_ordered_version_7_uuids_of_now():
     assert first.version == 7
     assert first.variant == uuid.RFC_4122
     assert abs((first.int >> 80) / 1000 - time.time()) < 60
-
-
-def test_ids_of_two_processes_differ():
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        os.write(write, keys.new_id().encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(read, 36).decode() != keys.new_id()

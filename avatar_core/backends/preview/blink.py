@@ -13,10 +13,11 @@ MIN_HALF_WIDTH_PX = 4.0
 MIN_OPENING = 0.12  # height over half width: flatter eyes are closed already
 MIN_RELATIVE_WIDTH = 0.55  # the far eye of a turned head is left alone
 CLOSURE = 0.97
+BROW_FREE = 0.5  # of the height up to the brow: this much skin stretches, the brow itself stays
 
 
 def blinking_eyes(contours: Contours, axes: FaceAxes, picture_shape: tuple[int, ...]) -> list["Eye"]:
-    lower_margin = 0.02 if contours.source == "mesh" else 0.04
+    lower_margin = 0.02 if contours.source == "mesh" else 0.12
     outlines = (
         (contours.left_eye_upper, contours.left_eye_lower, contours.left_brow),
         (contours.right_eye_upper, contours.right_eye_lower, contours.right_brow),
@@ -51,17 +52,18 @@ class Eye:
         corners = axes.to_picture(np.array([(u, v) for u in (-1.5, 1.5) for v in (-1.5, 0.9)]))
         self.box = Box.around(corners, picture_shape)
         self.usable = False
-        if self.box.empty:
+        if self.box.empty or self.half_width < MIN_HALF_WIDTH_PX:
             return
         u, v = axes.grid(self.box)
         lid = _curve(axes.to_uv(upper))(u) - 0.04
         lower_edge = np.maximum(_curve(axes.to_uv(lower))(u) + lower_margin, lid)
-        self._inside = smoothstep(1.12 - np.abs(u), 0, 0.25)
+        self._inside = smoothstep(1.32 - np.abs(u), 0, 0.35)
+        self._lashes = np.maximum(0, 1 - u**4)
         central = np.abs(u) < 0.3
         opening = float((lower_edge - lid)[central].mean()) if central.any() else 0.0
-        self.usable = opening > MIN_OPENING and self.half_width >= MIN_HALF_WIDTH_PX
+        self.usable = opening > MIN_OPENING
         brow_height = abs(float((upper[len(upper) // 2] - brow) @ face_down)) / self.half_width
-        self._skin_height = max(1.25 * opening, 0.30, 0.88 * brow_height)
+        self._skin_height = float(np.clip(BROW_FREE * brow_height, 0.25, 0.9))
         self._above_lid = (lid - v).astype(np.float32)
         self._travel = ((lower_edge - lid) * self._inside).astype(np.float32)
         self._down = (down * self.half_width).astype(np.float32)
@@ -83,7 +85,7 @@ class Eye:
         skin = warp_picture(source, sources)
         above_lashes = self._above_lid + travel
         lash_width = max(0.055, 1.3 * self._pixel)
-        lashes = np.exp(-(((above_lashes - 1.2 * self._pixel) / lash_width) ** 2)) * self._inside
+        lashes = np.exp(-(((above_lashes - 1.2 * self._pixel) / lash_width) ** 2)) * self._lashes
         cover = smoothstep(above_lashes, -1.2 * self._pixel, 0.4 * self._pixel) * self._fade
         darkened = skin * (1 - 0.45 * blink * lashes)[..., None]
         cover = cover[..., None]

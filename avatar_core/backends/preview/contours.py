@@ -119,8 +119,8 @@ def contours_to_tensors(contours: Sequence[Contours]) -> dict[str, NDArray[np.fl
     `source` uint8 [faces], an index into SOURCES."""
     tensors: dict[str, NDArray[np.float32 | np.uint8]] = {}
     for name in CURVES:
-        stacked = [np.atleast_2d(getattr(face, name)) for face in contours]
-        tensors[name] = np.array(stacked, np.float32).reshape(len(contours), -1, 2)
+        stacked = np.array([getattr(face, name) for face in contours], np.float32)
+        tensors[name] = stacked.reshape(len(contours), -1 if contours else 1, 2)
     tensors["eyes_trusted"] = np.array([face.eyes_trusted for face in contours], np.uint8).reshape(-1, 2)
     tensors["source"] = np.array([SOURCES.index(face.source) for face in contours], np.uint8)
     return tensors

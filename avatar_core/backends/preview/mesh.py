@@ -69,7 +69,10 @@ def run_mesh(picture: Picture, centre: Points, side: float, roll: float, model: 
     matrix = np.column_stack([turn, SIDE / 2 - turn @ centre])
     network = load_mesh(model)
     network.setInput(cv2.dnn.blobFromImage(reduced_warp(picture, matrix), 1 / 255.0))
-    mesh = np.asarray(network.forward(), np.float64).reshape(468, 3)[:, :2]
+    output = np.asarray(network.forward(), np.float64)
+    if output.size != 468 * 3:
+        raise not_a_mesh(model, f"it puts out {output.size} numbers, not 468 points")
+    mesh = output.reshape(468, 3)[:, :2]
     back = cv2.invertAffineTransform(matrix)
     return mesh @ back[:, :2].T + back[:, 2]
 
@@ -84,10 +87,16 @@ def reduced_warp(picture: Picture, matrix: Points) -> Picture:
 
 @cache
 def load_mesh(model: Path) -> cv2.dnn.Net:
+    if not model.is_file():
+        raise not_a_mesh(model, "there is no such file")
     try:
         return cv2.dnn.readNetFromTFLite(str(model))
     except cv2.error as error:
-        raise WeightsError(
-            f"{model} cannot be read as a face landmark network ({error.err}); "
-            "it must be mediapipe 0.10's face_landmark.tflite"
-        ) from error
+        raise not_a_mesh(model, str(error.err)) from error
+
+
+def not_a_mesh(model: Path, reason: str) -> WeightsError:
+    return WeightsError(
+        f"{model} is no face landmark network: {reason}; give face_landmark.tflite of mediapipe 0.10 "
+        "or leave the mesh out"
+    )

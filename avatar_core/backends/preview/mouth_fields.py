@@ -17,6 +17,7 @@ _TABLE_SIZE = 521
 _TABLE_U = np.linspace(-U_LIMIT, U_LIMIT, _TABLE_SIZE)
 _CENTRE = np.abs(_TABLE_U) < 0.3
 _CLOSED_GAP = 0.07  # narrower openings are a line between closed lips
+TEETH_MARGIN = 0.05  # trimmed from the lower lip's edge, lest a rim of teeth travels with it
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Lips:
 
     upper: NDArray[np.float64]
     lower: NDArray[np.float64]
-    gap: float  # 0 for a closed mouth
+    gap: float  # between `upper` and `lower` in the middle; 0 for a closed mouth
     upper_thickness: float
     lower_thickness: float
 
@@ -38,7 +39,9 @@ class Lips:
         gap = float(2 * half_gap[_CENTRE].mean())
         if gap < _CLOSED_GAP:
             half_gap, gap = np.zeros_like(half_gap), 0.0
-        upper, lower = middle - half_gap, middle + half_gap
+        trim = TEETH_MARGIN * half_gap / max(half_gap.max(), 1e-3)
+        upper, lower = middle - half_gap, middle + half_gap + trim
+        gap += TEETH_MARGIN if gap else 0.0
         top = axes.mouth.to_uv(contours.upper_lip_outer)[5, 1]
         bottom = axes.mouth.to_uv(contours.lower_lip_outer)[5, 1]
         mid = _TABLE_SIZE // 2
@@ -75,6 +78,7 @@ class MouthFields:
     close: FloatArray  # undoes one unit of the picture's own gap
     lift: FloatArray  # upper lip
     flatten: FloatArray  # straightens the curve of the mouth: less of a smile
+    drop: FloatArray  # corners down, as they go half-way with the jaw
     spread: FloatArray  # corners outwards
 
     @classmethod
@@ -84,7 +88,7 @@ class MouthFields:
         on_lip = np.exp(-((np.maximum(0, v - lower) / (1.15 * lips.lower_thickness)) ** 2))
         above_neck = 1 - smoothstep(v, 0.98 * chin_v, 1.75 * chin_v)
         jaw = np.exp(-((np.abs(u) / 1.55) ** 3)) * (1 - on_lip) * above_neck
-        opening = np.maximum(0, 1 - np.abs(u / 0.93) ** 2.4) ** 0.9
+        opening = np.maximum(0, 1 - np.abs(u / 0.93) ** 2.2)
         round_opening = np.maximum(0, 1 - np.abs(u / 0.66) ** 2.2) ** 0.9
         open_field = opening * on_lip + 0.86 * jaw
         lifted = np.exp(-((np.maximum(0, upper - v) / (1.3 * lips.upper_thickness)) ** 2))
@@ -97,5 +101,6 @@ class MouthFields:
             close=lips.gap_profile_at(u) * on_lip + 0.7 * jaw if lips.gap else open_field,
             lift=-0.17 * opening * lifted,
             flatten=(middle_v - seam) * np.exp(-((u / 1.25) ** 4)) * np.exp(-(((v - seam) / 0.8) ** 2)),
+            drop=np.exp(-(((np.abs(u) - 1) / 0.5) ** 2)) * np.exp(-(((v - seam) / 0.7) ** 2)),
             spread=u * np.exp(-((u / 1.35) ** 4)) * np.exp(-(((v - seam) / 0.85) ** 2)),
         )

@@ -90,11 +90,11 @@ def inside_evidence(strip: Strip) -> Floats:
     middle = strip.inside_window, slice(strip.half // 2, -strip.half // 2)
     low, high = np.percentile(strip.redness[middle], [5, 95])
     fall = valley_depth(strip, strip.redness)
-    limit = max(0.03 * skin, 0.35 * float(np.percentile(fall[middle], 95)), 1.0)
-    dark = (0.38 - strip.lightness / skin) / 0.08
+    limit = max(0.025 * skin, 0.25 * float(np.percentile(fall[middle], 95)), 1.0)
+    dark = (0.38 * skin - strip.lightness) / (0.08 * skin)
     evidence = np.maximum((fall - limit) / (0.5 * limit), dark)
     if high - low < 4:  # a picture without colour: only teeth brighter than both lips can tell
-        evidence = np.maximum(evidence, (valley_depth(strip, -strip.lightness) / skin - 0.14) / 0.07)
+        evidence = np.maximum(evidence, (valley_depth(strip, -strip.lightness) - 0.14 * skin) / (0.07 * skin))
     evidence[~strip.inside_window] = NOT_LIP
     return np.clip(evidence, NOT_LIP, 1).astype(np.float64)
 

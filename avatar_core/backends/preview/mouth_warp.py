@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from avatar_core.backends.preview.axes import Box, FaceAxes, smoothstep
 from avatar_core.backends.preview.contours import Contours
-from avatar_core.backends.preview.mouth_fields import U_LIMIT, Lips, MouthFields
+from avatar_core.backends.preview.mouth_fields import TEETH_MARGIN, U_LIMIT, Lips, MouthFields
 from avatar_core.backends.preview.oral_cavity import FaceLight, draw_cavity
 from avatar_core.backends.preview.warp import (
     FloatArray,
@@ -21,6 +21,7 @@ MAX_GAP = 0.62  # between the lips at mouth_open = 1, in v units
 QUIET = 0.05  # smaller openings are noise of the audio track
 CLOSED_GAP = 0.008
 MOST_LIFT = 0.3  # of the lip line by any field, v units, with some reserve
+TURNED_STIFFNESS = 0.65  # of the movement that a face in profile loses: its outline is not trusted
 INVERSION_STEPS = 3
 
 
@@ -35,11 +36,13 @@ class Mouth:
             return
         self._lips = Lips.measure(contours, axes)
         self._light = FaceLight.measure(picture, axes, chin_v)
+        self._teeth = 1 - float(smoothstep(np.array(axes.turn), 0.5, 1.0))
+        self._freedom = 1 - TURNED_STIFFNESS * float(smoothstep(np.array(axes.turn), 0.35, 1.2))
         self._pixel = 1 / axes.unit_v  # one pixel in v units
         self._u, v = axes.mouth.grid(self.box)
         upper, lower = self._lips.upper_at(self._u), self._lips.lower_at(self._u)
         self._below_lower, self._above_upper = v - lower, upper - v
-        self._own_gap = lower - upper
+        self._own_gap = lower - upper - TEETH_MARGIN
         self._shared_rows = self._rows_of_both_layers()
         self._warp = _Warp(MouthFields.build(self._u, v, self._lips, chin_v, nose_v), axes, self.box)
 
@@ -55,7 +58,9 @@ class Mouth:
         if self.box.empty:
             return
         gap = MAX_GAP * max(0.0, (mouth_open - QUIET) / (1 - QUIET)) ** 1.15
-        upper_map, lower_map = self._warp.maps(gap - self._lips.gap, mouth_wide)
+        more_gap = self._freedom * (gap - self._lips.gap)
+        gap = self._lips.gap + more_gap
+        upper_map, lower_map = self._warp.maps(more_gap, self._freedom * mouth_wide)
         source = frame[self.box.slices]
         first, last = self._shared_rows
         upper = warp_picture(source, upper_map[:last])
@@ -86,14 +91,16 @@ class Mouth:
         lip_map = np.ascontiguousarray(upper_map[opening])
         u = warp_values(self._u, lip_map)
         depth, height = -above[opening], -below[opening]
-        colours = draw_cavity(self._light, u, depth, height, gap, wide)
+        colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
         if self._lips.gap:
             own = self._own_teeth(warp_values(self._own_gap, lip_map), depth)[..., None]
             colours = np.asarray(colours * (1 - own) + upper[opening] * own, np.float32)
         shade = 1 - 0.45 * np.exp(-np.maximum(depth, 0) / 0.05) - 0.30 * np.exp(-np.maximum(height, 0) / 0.05)
         cover = smoothstep(inside[opening], -0.1 * self._pixel, 1.7 * self._pixel)
-        cover = (cover * (1 - smoothstep(np.abs(u), 0.97, 1.06)))[..., None]
+        # Thin wedges at the corners are where an outline errs first: they stay lip.
+        cover = cover * smoothstep(depth + height, 0, 0.10) * (1 - smoothstep(np.abs(u), 0.97, 1.06))
         shaded = colours * np.clip(shade, 0.3, 1)[..., None]
+        cover = cover[..., None]
         shared[opening] = np.clip(shared[opening] * (1 - cover) + shaded * cover, 0, 255)
 
     def _own_teeth(self, own_gap: FloatArray, depth: FloatArray) -> FloatArray:
@@ -117,7 +124,7 @@ class _Warp:
         down, across = axes.mouth.down, axes.mouth.across
         self._fields = np.stack(
             [self._coarse(field * fade, down) for field in (fields.open, fields.open_round, fields.close)]
-            + [self._coarse(field * fade, down) for field in (fields.lift, fields.flatten)]
+            + [self._coarse(field * fade, down) for field in (fields.lift, fields.flatten, fields.drop)]
             + [self._coarse(fields.spread * fade, across)]
         )
         coarse_x, coarse_y = np.meshgrid(np.arange(self._size[0]), np.arange(self._size[1]))
@@ -133,10 +140,11 @@ class _Warp:
         opened, closed = max(more_gap, 0.0), min(more_gap, 0.0)
         rounded = min(1.0, max(0.0, -wide))
         flatten = 0.8 * min(1.0, 0.55 * rounded + 0.7 * opened)
-        spread = 0.10 * max(wide, 0.0) - 0.30 * rounded - 0.05 * opened
+        spread = 0.10 * max(wide, 0.0) - 0.30 * rounded - 0.16 * opened
+        drop = 0.35 * opened
         lift = opened * (1 + 0.6 * rounded)
-        upper_weights = (0, 0, 0, lift, flatten, spread)
-        lower_weights = (opened * (1 - rounded), opened * rounded, closed, 0, flatten, spread)
+        upper_weights = (0, 0, 0, lift, flatten, drop, spread)
+        lower_weights = (opened * (1 - rounded), opened * rounded, closed, 0, flatten, drop, spread)
         upper, lower = (weighted_sum(weights, self._fields) for weights in (upper_weights, lower_weights))
         return self._inverted(upper), self._inverted(lower)
 

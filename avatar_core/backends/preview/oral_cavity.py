@@ -46,7 +46,13 @@ def _patch_mean(picture: Picture, point: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def draw_cavity(
-    light: FaceLight, u: FloatArray, below_upper: FloatArray, above_lower: FloatArray, gap: float, wide: float
+    light: FaceLight,
+    u: FloatArray,
+    below_upper: FloatArray,
+    above_lower: FloatArray,
+    gap: float,
+    wide: float,
+    teeth_opacity: float,
 ) -> FloatArray:
     """Colours (height, width, 3) at `u` along the mouth, `below_upper` and `above_lower` lip (v units)."""
     height = below_upper + above_lower
@@ -54,7 +60,7 @@ def draw_cavity(
     cavity = (CAVITY_TOP * (1 - depth) + CAVITY_BOTTOM * depth) * light.brightness
 
     dome = np.clip(0.42 * height - 0.02, 0, 0.22) * np.clip(1 - (u / 0.62) ** 2, 0, 1)
-    tongue = smoothstep(dome - above_lower, -0.03, 0.05)[..., None] * float(
+    tongue = smoothstep(dome - above_lower, -0.06, 0.10)[..., None] * float(
         smoothstep(np.array(gap), 0.10, 0.25)
     )
     colour = TONGUE * light.brightness * (0.72 + 0.28 * (1 - depth))
@@ -63,14 +69,14 @@ def draw_cavity(
     spread = wide > -0.2  # rounded lips hide most of the teeth
     edge = TEETH_HEIGHT * (1.0 if spread else 0.6) * np.clip(1 - (np.abs(u) / 0.74) ** 3, 0, 1)
     teeth = smoothstep(edge - below_upper, -0.012, 0.02) * smoothstep(height, 0.03, 0.10)
-    teeth = teeth[..., None] * (0.92 if spread else 0.55)
+    teeth = teeth[..., None] * (teeth_opacity * (0.92 if spread else 0.55))
     return np.asarray(cavity * (1 - teeth) + _teeth_colour(light, u, below_upper) * teeth, np.float32)
 
 
 def _teeth_colour(light: FaceLight, u: FloatArray, below_upper: FloatArray) -> FloatArray:
     base = TEETH * light.tint * (0.97 * min(1.0, 1.02 * light.brightness**0.8))
-    arch = 0.74 + 0.26 * np.clip(1 - (np.abs(u) / 0.8) ** 2, 0, 1)
-    between = 1 - 0.10 * np.exp(-(((((u * 4.2) + 0.5) % 1 - 0.5) / 0.07) ** 2))
+    arch = 0.80 + 0.20 * np.clip(1 - (np.abs(u) / 0.8) ** 2, 0, 1)
+    between = 1 - 0.07 * np.exp(-(((((u * 4.2) + 0.5) % 1 - 0.5) / 0.07) ** 2))
     side = 1 + 0.6 * light.from_right * u
     under_lip = 0.80 + 0.20 * smoothstep(below_upper, 0, 0.08)
     return np.asarray(base * (arch * between * side * under_lip)[..., None], np.float32)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from avatar_core.errors import InputError
+from avatar_core.media.audio import decode_blocks
 from avatar_core.media.container import open_media
 from avatar_core.media.envelope import SAMPLE_RATE, in_pieces, speech_envelope
 
@@ -45,20 +45,10 @@ def measure_sync(
         fps = float(stream.average_rate or 0)
         frames = (np.asarray(frame.to_ndarray(format="gray"), np.uint8) for frame in container.decode(stream))
         opening = jaw_opening(frames, points)
-    pieces = _sound(video) if audio is None else in_pieces(audio)
-    loudness = speech_envelope(pieces, len(opening), fps)
+    sound = (block[:, 0] for block in decode_blocks(video, SAMPLE_RATE))
+    loudness = speech_envelope(sound if audio is None else in_pieces(audio), len(opening), fps)
     r, lag_frames = best_correlation(opening, loudness)
     return SyncScore(r, lag_frames, float(opening.std()))
-
-
-def _sound(video: Path) -> Iterator[NDArray[np.float32]]:
-    with open_media(video) as (container, _):
-        if not container.streams.audio:
-            raise InputError(f"{video.name} has no sound track; sync needs the speech it was made from")
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-        for frame in container.decode(audio=0):
-            for resampled in resampler.resample(frame):
-                yield np.asarray(resampled.to_ndarray().ravel(), np.float32)
 
 
 def jaw_opening(frames: Iterator[Gray], points: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,0 +1,132 @@
+"""Small real pictures and recordings, and ways to look at what became of them."""
+
+import csv
+import wave
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from avatar_core.pipeline import Result
+from avatar_core.progress import Silent
+
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A finished batch: `table` names two pictures with two recordings each."""
+
+    table: Path
+    store: Path
+    result: Result
+
+
+class Watcher(Silent):
+    """What a run did: `to_do` and `cached` by stage, the rows of its items as they ended."""
+
+    def __init__(self) -> None:
+        self.to_do: Counter[str] = Counter()
+        self.cached: Counter[str] = Counter()
+        self.ended: list[tuple[str, dict[str, Any]]] = []
+        self.published: list[str] = []
+        self.warnings: list[str] = []
+
+    def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        self.to_do[stage] += to_do
+        self.cached[stage] += cached
+
+    def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+        self.ended.append((stage, row))
+
+    def clip_published(self, name: str, path: str) -> None:
+        self.published.append(name)
+
+    def warning(self, message: str) -> None:
+        self.warnings.append(message)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Items that were computed, by stage."""
+        return dict(Counter(stage for stage, _ in self.ended))
+
+
+def write_picture(path: Path, sample: str = "portrait", side: int = 160, **options: Any) -> Path:
+    """A sample scaled to `side`; `options` go to Pillow's `save`."""
+    with Image.open(SAMPLES / f"{sample}.jpg") as picture:
+        scale = side / max(picture.size)
+        picture.resize((round(picture.width * scale), round(picture.height * scale))).save(path, **options)
+    return path
+
+
+def write_landscape(path: Path) -> Path:
+    """A picture that shows nobody."""
+    y, x = np.mgrid[0:96, 0:128]
+    Image.fromarray(np.stack([x, y + x, 255 - y], axis=2).astype(np.uint8)).save(path)
+    return path
+
+
+def speech(start_s: float = 0.5, duration_s: float = 0.6) -> tuple[NDArray[np.int16], int]:
+    """A stretch of real speech, mono, and its sample rate."""
+    with wave.open(str(SAMPLES / "hello.wav")) as file:
+        rate = file.getframerate()
+        file.setpos(round(start_s * rate))
+        return np.frombuffer(file.readframes(round(duration_s * rate)), np.int16), rate
+
+
+def write_recording(path: Path, start_s: float = 0.5, duration_s: float = 0.6) -> Path:
+    samples, rate = speech(start_s, duration_s)
+    return write_wav(path, samples, rate)
+
+
+def write_wav(path: Path, samples: NDArray[np.int16], rate: int) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+    return path
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_video(path: Path) -> NDArray[np.uint8]:
+    """Decoded frames [F, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def videos(dataset: str | Path) -> dict[str, bytes]:
+    """The published videos by name."""
+    return {path.name: path.read_bytes() for path in sorted(Path(dataset).glob("videos/*"))}
+
+
+def attempts(store: Path, stage: str) -> pd.DataFrame:
+    """Every row that was ever committed for a stage."""
+    paths = sorted((store / "stages" / stage / "manifests").glob("*.parquet"))
+    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+
+
+def data_files(store: Path, stage: str) -> list[Path]:
+    return sorted(path for path in (store / "stages" / stage / "data").rglob("*") if path.is_file())
+
+
+def flip_byte(path: Path) -> None:
+    """Damage that leaves the size as it was."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)

@@ -265,8 +265,9 @@ def batch_name(config: Config) -> str:
 def read_rows(config: Config) -> list[TableRow]:
     """The rows of the batch, with pictures and recordings as paths or URIs that hold from anywhere."""
     if config.table:
-        table = str(Path(config.table).resolve()) if "://" not in config.table else config.table
-        rows = read_table(table, storage_options=config.storage.options or None)
+        remote = "://" in config.table
+        table = config.table if remote else str(Path(config.table).resolve())
+        rows = read_table(table, storage_options=config.storage.options if remote else None)
     elif config.rows:
         table = str(Path.cwd() / "rows")
         rows = parse_rows(config.rows)

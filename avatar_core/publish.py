@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         "negative_prompt": pa.string(),
         "seed": pa.int64(),
         "backend": pa.string(),
+        "renderer": pa.string(),
         "width": pa.int64(),
         "height": pa.int64(),
         "fps": pa.float64(),
@@ -45,7 +46,7 @@ SCHEMA = pa.schema(
 )
 """Our columns; those of the input follow, under `input_<name>` where the name is taken."""
 
-_VIDEO_COLUMNS = ("width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
+_VIDEO_COLUMNS = ("renderer", "width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
 _TABLE = b"avatar_table"
 
 

@@ -1,6 +1,7 @@
 """Storage on a local disk and on an S3 server that lives as long as its test process."""
 
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,15 @@ from moto.server import ThreadedMotoServer
 
 from avatar_core.pipeline import render
 from avatar_core.store.storage import Storage
-from tests.sample_rows import Rendered, write_landscape, write_picture, write_recording, write_table
+from flows.cli import main
+from tests.sample_rows import (
+    Rendered,
+    RunAvatar,
+    write_landscape,
+    write_picture,
+    write_recording,
+    write_table,
+)
 
 hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared machine")
@@ -95,3 +104,19 @@ def rendered(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Rendered
 @pytest.fixture
 def store(rendered: Rendered, tmp_path: Path) -> Path:
     return Path(shutil.copytree(rendered.store, tmp_path / "store"))
+
+
+@pytest.fixture
+def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunAvatar:
+    """Runs the `avatar` command in this process: exit code and output, both streams joined."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["avatar", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+            sys.exit(0)
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    return run

@@ -3,7 +3,7 @@
 import csv
 import wave
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from avatar_core.pipeline import Result
 from avatar_core.progress import Silent
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+
+RunAvatar = Callable[..., tuple[int, str]]
+"""`run("render", table, ...)` gives the exit code and what was printed."""
 
 
 @dataclass(frozen=True)

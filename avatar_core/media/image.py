@@ -104,7 +104,8 @@ def _plain_errors(kind: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise InputError(f"has too many pixels ({error})") from error
     except Exception as error:  # broken files make Pillow raise nearly anything
-        raise InputError(f"is a broken {kind.upper()} picture ({error}); save it again") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"is a broken {kind.upper()} picture ({reason}); save it again") from error
 
 
 def _without_notes(png: bytes) -> bytes:

@@ -86,7 +86,8 @@ def _parse_parquet(content: bytes, max_bytes: int) -> list[Record]:
                 raise InputError(f"unpacks to more than {4 * max_bytes} bytes; split the table")
             rows += batch.to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"is a broken Parquet file ({error}); write it again") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"is a broken Parquet file ({reason}); write it again") from error
     return [Record({name.strip(): value for name, value in row.items()}, row) for row in rows]
 
 

@@ -193,7 +193,8 @@ def _reading(uri: str) -> Iterator[None]:
     except ImportError as error:
         raise InputError(f"{uri}: needs a package that is not installed ({error})") from error
     except Exception as error:  # every fsspec file system has its own exception types
-        raise InputError(f"{uri}: cannot be read ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{uri}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def normalise_uri(uri: str) -> str:

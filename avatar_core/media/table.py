@@ -100,7 +100,8 @@ def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes
     except FileNotFoundError as error:
         raise InputError(f"table {uri}: no such file") from error
     except Exception as error:  # every fsspec file system has its own exception types
-        raise InputError(f"table {uri}: cannot be read ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"table {uri}: cannot be read ({type(error).__name__}: {reason})") from error
     return content
 
 

@@ -192,7 +192,7 @@ def probe_video(path: str | Path) -> VideoProbe:
 
 
 def _pictures_of(container: InputContainer) -> VideoStream:
-    if not container.streams.video:
+    if not container.streams.video or container.streams.video[0].codec_context is None:
         raise InputError("has no pictures, or was cut off; give a complete video")
     return container.streams.video[0]
 

@@ -37,6 +37,8 @@ class DecodeStage(BackendStage):
             "fps": pa.float64(),
             "duration_s": pa.float64(),
             "bytes": pa.int64(),
+            "backend": pa.string(),
+            "renderer": pa.string(),
         }
     )
 
@@ -60,6 +62,8 @@ class DecodeStage(BackendStage):
                 "fps": config.fps,
                 "duration_s": done / config.fps,
                 "bytes": path.stat().st_size,
+                "backend": self.backend.name,
+                "renderer": self.backend.label,
             },
             file=path,
         )

@@ -3,6 +3,7 @@
 The only stage that meets what a table names; all later stages read the copy it makes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ class IngestConfig:
     max_duration_s: float
     allow_network: bool = field(default=False, metadata={"execution": True})
     allowed_roots: tuple[str, ...] = field(default=(), metadata={"execution": True})
+    storage_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"execution": True}, repr=False
+    )
 
 
 def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConfig:
@@ -42,12 +46,16 @@ def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConf
         source.max_duration_s,
         source.allow_network,
         source.allowed_roots,
+        config.storage.options,
     )
 
 
 def source_policy(config: IngestConfig) -> SourcePolicy:
     return SourcePolicy(
-        allow_network=config.allow_network, allowed_roots=config.allowed_roots, max_bytes=config.max_bytes
+        allow_network=config.allow_network,
+        allowed_roots=config.allowed_roots,
+        max_bytes=config.max_bytes,
+        storage_options=config.storage_options,
     )
 
 

@@ -22,7 +22,7 @@ def pack(items: Mapping[str, Mapping[str, NDArray[Any]]]) -> bytes:
         if not key or "/" in key:
             raise StoreError(f"item key {key!r} must be text without a slash")
         for name, tensor in tensors.items():
-            arrays[f"{key}/{name}"] = np.asarray(tensor, dtype=tensor.dtype.newbyteorder("="), order="C")
+            arrays[f"{key}/{name}"] = np.asarray(tensor, order="C")
     try:
         return bytes(save(dict(sorted(arrays.items()))))
     except (KeyError, SafetensorError) as error:

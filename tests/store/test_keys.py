@@ -32,6 +32,7 @@ class Denoise:
     size: tuple[int, int] = (512, 512)
     fp8: bool = False
     sampler: Sampler = Sampler(steps=30)
+    refiner: Sampler | None = None
     extra: dict[str, float] = field(default_factory=dict)
     offload: str = field(default="none", metadata={"execution": True})
 
@@ -120,6 +121,7 @@ def test_a_nested_default_is_the_outer_one():
         {"sampler": Sampler()},
         {"sampler": Sampler(steps=30, shift=5.0)},
         {"sampler": None},
+        {"refiner": Sampler()},
         {"extra": {"a": 0.0}},
     ],
     ids=str,

@@ -13,6 +13,7 @@ TORSO_SHARE = 0.45  # of the head's sway that reaches the shoulders
 LARGEST_SWAY = np.array(
     [0.04, 0.05, 0.04, 0.08, 0.07], np.float32
 )  # x, y, roll, yaw, pitch at head_motion = 1
+FACE_WIDTH, FACE_HEIGHT = (-1.2, 1.2), (-0.9, 1.8)  # from between the eyes, in eye-mouth distances
 MIN_SHIFT_PX = 0.05  # smaller movements cannot be seen
 
 
@@ -32,6 +33,7 @@ class HeadSway:
         self._places = np.dstack([x[cells], y[cells]])
         low, high = np.multiply(first, self._cell), np.multiply(last, self._cell)
         self.box = Box(int(low[0]), int(low[1]), min(int(high[0]), width), min(int(high[1]), height))
+        self._faces = [box for face in faces if not (box := self._face_box(face)).empty]
 
     def _nodes(self, cells: int) -> FloatArray:
         return ((np.arange(-1, cells + 1) + 0.5) * self._cell - 0.5).astype(np.float32)
@@ -49,6 +51,13 @@ class HeadSway:
         first = int(used_columns[0]), int(used_rows[0])
         return first, (int(used_columns[-1]) + 1, int(used_rows[-1]) + 1)
 
+    def _face_box(self, face: FaceAxes) -> Box:
+        """From hairline to chin and ear to ear, relative to `self.box`."""
+        down, across = face.down * face.eye_mouth, face.across * face.eye_mouth
+        corners = [face.eyes + u * across + v * down for u in FACE_WIDTH for v in FACE_HEIGHT]
+        x0, y0, x1, y1 = self.box
+        return Box.around(np.array(corners) - (x0, y0), (y1 - y0, x1 - x0))
+
     def draw(self, frame: Picture, sway: FloatArray) -> None:
         """`sway` (faces, 5): x, y, roll, yaw, pitch; roll in radians, the rest in eye-mouth distances."""
         weights = sway.ravel().tolist()
@@ -60,7 +69,11 @@ class HeadSway:
         every_pixel = resize(sources, (columns * cell, rows * cell))
         x0, y0, x1, y1 = self.box
         inside = every_pixel[cell : cell + y1 - y0, cell : cell + x1 - x0]
-        frame[self.box.slices] = warp_picture(frame, inside, cv2.INTER_LINEAR)
+        # Linear interpolation blurs, and more so half-way between pixels: faces get the better, slower one.
+        moved = warp_picture(frame, inside, cv2.INTER_LINEAR)
+        for face in self._faces:
+            moved[face.slices] = warp_picture(frame, inside[face.slices], cv2.INTER_CUBIC)
+        frame[self.box.slices] = moved
 
 
 def _sway_fields(
@@ -94,7 +107,7 @@ def _reach(face: FaceAxes, x: FloatArray, y: FloatArray) -> FloatArray:
     """How much of the head's movement each place takes part in: 1 on the face."""
     u, v = _head_coordinates(face, x, y)
     radius = np.hypot(u / 1.35, np.where(v < 0, v / 1.75, v / 1.6))
-    head = 1 - smoothstep(radius, 0.75, 1.9)
+    head = 1 - smoothstep(radius, 0.75, 2.7)  # a long way out: straight lines behind the head must not kink
     torso = TORSO_SHARE * (1 - smoothstep(np.abs(u), 0.8, 2.6)) * smoothstep(v, 1.2, 2.6)
     return np.maximum(head, torso)
 

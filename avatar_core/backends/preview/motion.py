@@ -11,9 +11,9 @@ from avatar_core.media.envelope import smooth
 FloatArray = NDArray[np.float32]
 
 HEAD_AXES = ("x", "y", "roll", "yaw", "pitch")
-SWAY = (0.030, 0.016, 0.028, 0.055, 0.030)  # in eye-mouth distances (roll in radians), per axis
+SWAY = (0.026, 0.016, 0.022, 0.055, 0.030)  # in eye-mouth distances (roll in radians), per axis
 SWAY_HZ = (0.22, 0.25, 0.19, 0.26, 0.30)
-NOD = (0.0, 0.045, 0.0, 0.0, 0.06)  # how far loudness moves each axis
+NOD = (0.0, 0.035, 0.0, 0.0, 0.06)  # how far loudness moves each axis
 NOD_SMOOTHING_S = 0.24
 FADE_IN_S = 0.5  # the first frame is the picture itself
 

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 Plane = NDArray[np.float32]
 
 WIDEST_GAP = 0.83  # height units; deeper valleys are not seen as one
-LEAST_GAP = 0.08  # mean height of a gap
+LEAST_GAP = 0.1  # mean height of a gap
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 
 
@@ -91,7 +91,9 @@ def inside_evidence(strip: Strip) -> Floats:
     low, high = np.percentile(strip.redness[middle], [5, 95])
     fall = valley_depth(strip, strip.redness)
     limit = max(0.025 * skin, 0.25 * float(np.percentile(fall[middle], 95)), 1.0)
-    dark = (0.38 * skin - strip.lightness) / (0.08 * skin)
+    # A cavity is dark and has brighter lips round it, unlike the background beside a turned face.
+    enclosed = valley_depth(strip, strip.lightness) / (0.2 * skin) - 1
+    dark = np.minimum((0.38 * skin - strip.lightness) / (0.08 * skin), enclosed)
     evidence = np.maximum((fall - limit) / (0.5 * limit), dark)
     if high - low < 4:  # a picture without colour: only teeth brighter than both lips can tell
         evidence = np.maximum(evidence, (valley_depth(strip, -strip.lightness) - 0.14 * skin) / (0.07 * skin))

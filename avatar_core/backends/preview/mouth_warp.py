@@ -35,7 +35,7 @@ class Mouth:
         if self.box.empty:
             return
         self._lips = Lips.measure(contours, axes)
-        self._light = FaceLight.measure(picture, axes, chin_v)
+        self._light = FaceLight.measure(picture, axes)
         self._teeth = 1 - float(smoothstep(np.array(axes.turn), 0.5, 1.0))
         self._freedom = 1 - TURNED_STIFFNESS * float(smoothstep(np.array(axes.turn), 0.35, 1.2))
         self._pixel = 1 / axes.unit_v  # one pixel in v units

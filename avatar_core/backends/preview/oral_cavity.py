@@ -13,7 +13,8 @@ CAVITY_TOP, CAVITY_BOTTOM = np.array([66, 26, 24], np.float32), np.array([30, 9,
 TONGUE = np.array([146, 66, 62], np.float32)
 TEETH = np.array([232, 226, 210], np.float32)
 TEETH_HEIGHT = 0.17
-SAMPLE_PLACES = ((-1.3, -0.5), (1.3, -0.5))  # u, v of the cheeks
+SKIN_CHROMA = 0.2  # (max - min) / mean of the colours of pale skin
+SKIN_PLACES = np.array([(-1.3, -0.9), (1.3, -0.9), (0, -1.2)])  # u, v of both cheeks and the nose: no beard
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class FaceLight:
     brightness: float
     tint: FloatArray  # (3,)
     from_right: float  # -.5 .. .5
+    saturation: float  # 0 in a grey picture .. 1
 
     @classmethod
-    def measure(cls, picture: Picture, axes: FaceAxes, chin_v: float) -> "FaceLight":
-        places = np.array([*SAMPLE_PLACES, (0.0, 0.75 * chin_v)])
-        patches = np.array([_patch_mean(picture, point) for point in axes.mouth.to_picture(places)])
+    def measure(cls, picture: Picture, axes: FaceAxes) -> "FaceLight":
+        patches = np.array([_patch_mean(picture, point) for point in axes.mouth.to_picture(SKIN_PLACES)])
         skin = np.median(patches, axis=0)
         warm = skin / max(skin.mean(), 1)
         left, right = patches[:2] @ LUMINANCE
@@ -35,6 +36,7 @@ class FaceLight:
             brightness=float(np.clip(skin @ LUMINANCE / 190, 0.25, 1.15)),
             tint=(0.75 + 0.25 * warm / max(warm.max(), 1e-3)).astype(np.float32),
             from_right=float(np.clip((right - left) / (right + left + 1), -0.5, 0.5)),
+            saturation=float(np.clip(np.ptp(skin) / max(skin.mean(), 1) / SKIN_CHROMA, 0, 1)),
         )
 
 
@@ -70,7 +72,9 @@ def draw_cavity(
     edge = TEETH_HEIGHT * (1.0 if spread else 0.6) * np.clip(1 - (np.abs(u) / 0.74) ** 3, 0, 1)
     teeth = smoothstep(edge - below_upper, -0.012, 0.02) * smoothstep(height, 0.03, 0.10)
     teeth = teeth[..., None] * (teeth_opacity * (0.92 if spread else 0.55))
-    return np.asarray(cavity * (1 - teeth) + _teeth_colour(light, u, below_upper) * teeth, np.float32)
+    coloured = cavity * (1 - teeth) + _teeth_colour(light, u, below_upper) * teeth
+    grey = (coloured @ LUMINANCE)[..., None]
+    return np.asarray(grey + light.saturation * (coloured - grey), np.float32)
 
 
 def _teeth_colour(light: FaceLight, u: FloatArray, below_upper: FloatArray) -> FloatArray:

@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float32]
 
 HISS_BAND_HZ = (3500.0, 8000.0)
 VOICED_LEVEL = 0.12  # of the normalised envelope
-OPEN_SMOOTHING, WIDE_SMOOTHING = 2.2, 3.0  # Gaussian sigma in steps of 10 ms
+OPEN_SMOOTHING, WIDE_SMOOTHING = 3.2, 4.0  # Gaussian sigma in steps of 10 ms
 
 LPC_ORDER = 12
 LPC_RATE = 10_000

@@ -1,0 +1,88 @@
+"""CPU time of a whole `avatar render` against encoding alone, for a batch of about 60 s of video.
+
+    python bench/batch.py [--seconds 60]
+
+Renders the sample portraits with the sample recordings in a fresh store, then decodes the finished videos
+and encodes their frames again with the same settings, both in one run on one machine. The ratio is what the
+whole command (start, ingest, faces, speech, motion, frames, hashing, publishing) costs beside the encoder.
+"""
+
+import argparse
+import csv
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+
+from avatar_core.config import VideoConfig
+from avatar_core.media.audio import probe_audio
+from avatar_core.media.video import VideoWriter, read_frames
+
+SAMPLES = Path(__file__).parent.parent / "data" / "samples"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--seconds", type=float, default=60.0)
+    seconds = arguments.parse_args().seconds
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "batch.csv"
+        write_table(table, seconds)
+        command = [sys.executable, "-m", "flows.cli", "render", str(table), f"storage.root={folder}/store"]
+        first = cpu_seconds(command)
+        again = cpu_seconds(command)
+        videos = sorted(Path(folder).glob("store/datasets/batch/videos/*.mp4"))
+        frames, encoding = encode_again(videos, Path(folder) / "again.mp4")
+    video_s = frames / VideoConfig.fps
+    print(f"PyAV {av.__version__}, {len(videos)} clips, {video_s:.1f} s of video")
+    print(f"avatar render          {first:7.2f} CPU s   {first / video_s:.3f} per second of video")
+    print(f"encoding alone         {encoding:7.2f} CPU s   {encoding / video_s:.3f} per second of video")
+    print(f"ratio                  {first / encoding:7.2f}")
+    print(f"render, nothing to do  {again:7.2f} CPU s")
+
+
+def write_table(path: Path, seconds: float) -> None:
+    pictures = [SAMPLES / "portrait.jpg", SAMPLES / "closeup.jpg"]
+    recordings = [SAMPLES / name for name in ("hello.wav", "voice.flac", "story.ogg")]
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["name", "image", "audio", "seed"])
+        for number, (recording, picture) in enumerate(itertools.cycle(itertools.product(recordings, pictures))):
+            if seconds <= 0:
+                return
+            rows.writerow([f"clip-{number}", picture, recording, number])
+            seconds -= probe_audio(recording).duration_s
+
+
+def cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def encode_again(videos: list[Path], target: Path) -> tuple[int, float]:
+    """Number of frames and CPU seconds of encoding them; decoding is not counted."""
+    settings = VideoConfig()
+    count, spent = 0, 0.0
+    for video in videos:
+        frames = list(read_frames(video))
+        height, width = frames[0].shape[:2]
+        start = time.process_time()
+        with VideoWriter(
+            target, width, height, settings.fps, crf=settings.crf, preset=settings.x264_preset
+        ) as writer:
+            for frame in frames:
+                writer.write_frame(frame)
+        spent += time.process_time() - start
+        count += len(frames)
+    return count, spent
+
+
+if __name__ == "__main__":
+    main()

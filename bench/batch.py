@@ -52,7 +52,9 @@ def write_table(path: Path, seconds: float) -> None:
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "image", "audio", "seed"])
-        for number, (recording, picture) in enumerate(itertools.cycle(itertools.product(recordings, pictures))):
+        for number, (recording, picture) in enumerate(
+            itertools.cycle(itertools.product(recordings, pictures))
+        ):
             if seconds <= 0:
                 return
             rows.writerow([f"clip-{number}", picture, recording, number])

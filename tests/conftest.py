@@ -114,9 +114,11 @@ def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         monkeypatch.setattr(sys, "argv", ["avatar", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        code: object = 0
+        try:
             main()
-            sys.exit(0)
-        return int(ended.value.code or 0), "".join(capsys.readouterr())
+        except SystemExit as ended:
+            code = ended.code
+        return int(str(code or 0)), "".join(capsys.readouterr())
 
     return run

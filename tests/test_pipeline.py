@@ -1,5 +1,6 @@
 """A table becomes a dataset, work is done once, and what breaks is mended."""
 
+import csv
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from typing import Any
 
 import av
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -41,6 +41,11 @@ FPS = 25
 
 def run(table: Path, store: Path, watcher: Watcher | None = None, **options: Any) -> Result:
     return render({"table": str(table), "storage": {"root": str(store)}, **options}, watcher)
+
+
+def read_rows(table: Path) -> list[dict[str, Any]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def duration_s(recording: Path) -> float:
@@ -128,7 +133,7 @@ def test_a_second_run_does_nothing(rendered: Rendered, store: Path) -> None:
 
 
 def test_one_more_row_costs_only_its_new_items(rendered: Rendered, store: Path, tmp_path: Path) -> None:
-    rows = pd.read_csv(rendered.table).to_dict("records")
+    rows = read_rows(rendered.table)
     for row in rows:
         row |= {column: str(rendered.table.parent / row[column]) for column in ("image", "audio")}
     new = write_recording(tmp_path / "new.wav", start_s=2.0)
@@ -152,7 +157,7 @@ def test_rows_of_equal_content_share_one_clip(inputs: Path, tmp_path: Path) -> N
 
 
 def test_order_limit_and_only_do_not_change_what_is_rendered(rendered: Rendered, store: Path) -> None:
-    rows = pd.read_csv(rendered.table).to_dict("records")
+    rows = read_rows(rendered.table)
     table = write_table(rendered.table.parent / "reversed.csv", rows[::-1])
     for options in ({}, {"limit": 2}, {"only": ["closeup-again"]}):
         watcher = Watcher()
@@ -161,7 +166,7 @@ def test_order_limit_and_only_do_not_change_what_is_rendered(rendered: Rendered,
 
 
 def test_names_and_unknown_columns_cost_nothing(rendered: Rendered, store: Path) -> None:
-    rows = pd.read_csv(rendered.table).to_dict("records")
+    rows = read_rows(rendered.table)
     changed = [{**row, "name": f"clip {i}", "mood": "calm"} for i, row in enumerate(rows)]
     watcher = Watcher()
     result = run(write_table(rendered.table.parent / "renamed.csv", changed), store, watcher)
@@ -363,7 +368,7 @@ def test_bad_rows_fail_with_their_reason_and_the_rest_is_rendered(mixed: Path, t
     }
     assert dict(failed["failed_stage"]) == {name: stage for name, (stage, _) in expected.items()}
     for name, (_, fragment) in expected.items():
-        assert fragment in failed.loc[name, "error"]
+        assert fragment in str(failed.loc[name, "error"])
         assert failed.loc[name, "error_type"] == "InputError"
 
 
@@ -539,7 +544,7 @@ def test_only_names_the_nearest_row(rendered: Rendered, store: Path) -> None:
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent.csv"):
+    with pytest.raises(InputError, match=r"absent\.csv: no such file"):
         run(tmp_path / "absent.csv", tmp_path / "store")
 
 

@@ -26,6 +26,7 @@ SILENCE_DB = -60.0
 
 _CODECS = ("flac", "alac", "mp3", "aac", "vorbis", "opus")
 _EXACT = ("wav", "flac")
+_EDITED = ("mp4", "mov")  # their edit list puts padding before time 0
 _TOLERANCE_S, _EXACT_TOLERANCE_S = 0.1, 0.01
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 
@@ -95,26 +96,27 @@ def _sound_of(container: InputContainer) -> AudioStream:
 
 def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[int, int]:
     """Samples per channel and bytes of all packets, less what the file marks as padding."""
-    ticks, skipped, size = 0, 0, 0
-    first: int | None = None
-    end = 0
+    ticks = skipped = size = 0
+    starts, ends = [], []
     for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:
+        if packet.size == 0:
             continue
-        ticks += packet.duration or 0
+        start, length = packet.pts or 0, packet.duration or 0
+        starts.append(start)
+        ends.append(start + length)
+        ticks += max(0, length + min(0, start)) if kind in _EDITED else length
         size += packet.size
-        if packet.pts is not None:
-            first = packet.pts if first is None else first
-            end = packet.pts + (packet.duration or 0)
-        if packet.has_sidedata("skip_samples"):
+        if packet.has_sidedata("skip_samples") and kind not in _EDITED:
             front, back = struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples")))
             skipped += front + (back if kind == "mp3" else 0)  # elsewhere the last packet is already shorter
-    if (
-        kind == "webm" and first is not None
-    ):  # its packet durations are rounded to ms, its times do not add up
-        ticks = end - first
-    rate = stream.codec_context.sample_rate
-    return round(ticks * (stream.time_base or 0) * rate) - skipped, size
+    if kind in _EDITED:
+        ticks = min(ticks, stream.duration or ticks)
+    elif kind == "ogg" and stream.codec_context.codec.canonical_name == "vorbis":
+        # Packet durations are wrong where the block size changes; the last page's position is exact.
+        ticks = stream.duration or ticks
+    elif kind == "webm" and ends:
+        ticks = ends[-1] - starts[0]
+    return round(ticks * (stream.time_base or 0) * stream.codec_context.sample_rate) - skipped, size
 
 
 def _promised_samples(path: str | Path, kind: str, stream: AudioStream, samples: int, size: int) -> float:
@@ -122,7 +124,7 @@ def _promised_samples(path: str | Path, kind: str, stream: AudioStream, samples:
     if kind == "wav":
         promised = _wav_data_bytes(path)
         return samples * promised / size if size and promised not in _UNKNOWN_SIZES else 0
-    if kind in ("flac", "mp4", "mov") and stream.duration and stream.time_base:
+    if kind in ("flac", *_EDITED) and stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base * stream.codec_context.sample_rate)
     return 0
 
@@ -176,7 +178,9 @@ def decode_blocks(
     total = round(probe.samples * sample_rate / probe.sample_rate)
     first = round(start_s * sample_rate)
     last = total if duration_s is None else min(total, first + round(duration_s * sample_rate))
-    blocks = _exactly(_resampled(path, sample_rate, channels), total, sample_rate, _tolerance_s(probe.format))
+    blocks = _complete(
+        _resampled(path, sample_rate, channels), total, sample_rate, _tolerance_s(probe.format)
+    )
     yield from regroup(_cut(blocks, first, last), max(1, round(block_s * sample_rate)))
 
 
@@ -243,14 +247,14 @@ def _stereo_weights(names: Sequence[str]) -> Samples:
     return (weights / max(1.0, float(weights.sum(axis=0).max()))).astype(np.float32)
 
 
-def _exactly(
+def _complete(
     blocks: Iterator[Samples], total: int, sample_rate: int, tolerance_s: float
 ) -> Iterator[Samples]:
-    """`total` samples: a codec's padding is cut, the few that resampling may lack are zeros."""
+    """`total` samples at least: the few that resampling may lack are zeros."""
     count, channels = 0, 1
     for block in blocks:
         channels = block.shape[1]
-        yield block[: max(0, total - count)]
+        yield block
         count += len(block)
     if (total - count) / sample_rate > tolerance_s:
         raise _truncated(total / sample_rate, count / sample_rate)

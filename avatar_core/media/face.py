@@ -174,13 +174,24 @@ def _crop(picture: Picture, square: Floats, size: int) -> Picture:
 
 def align(picture: Picture, points: NDArray[np.floating], size: int = 256) -> Picture:
     """The face turned upright and scaled to the common five-point layout; RGB [size, size, 3]."""
-    matrix = similarity(np.asarray(points, np.float64), ALIGNED_POINTS * size)
+    around, corner = _surroundings(picture, points)
+    matrix = similarity(points.astype(np.float64) - corner, ALIGNED_POINTS * size)
     zoom = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     # A strong reduction is done in two steps, the second one averaging.
     steps = int(np.clip(np.ceil(1 / max(zoom, 0.1)), 1, 8)) if zoom < 0.5 else 1
     wide = (size * steps, size * steps)
-    crop = cv2.warpAffine(picture, matrix * steps, wide, borderMode=cv2.BORDER_REPLICATE)
+    crop = cv2.warpAffine(around, matrix * steps, wide, borderMode=cv2.BORDER_REPLICATE)
     return _averaged(np.asarray(crop, np.uint8), (size, size))
+
+
+def _surroundings(picture: Picture, points: NDArray[np.floating]) -> tuple[Picture, NDArray[np.intp]]:
+    """The part of the picture round the points and its upper left corner (x, y): OpenCV cannot warp a
+    picture of 32768 or more pixels a side."""
+    reach = 3 * np.ptp(points, axis=0).max() + 1
+    last = np.array(picture.shape[1::-1]) - 1
+    corner = np.clip(points.min(axis=0) - reach, 0, last).astype(np.intp)
+    right, bottom = np.maximum(points.max(axis=0) + reach, corner + 1).astype(np.intp)
+    return picture[corner[1] : bottom, corner[0] : right], corner
 
 
 def similarity(source: Floats, target: Floats) -> Floats:

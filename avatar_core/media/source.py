@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import fsspec
 
@@ -35,7 +36,8 @@ class SourcePolicy:
 
 @dataclass(frozen=True)
 class SourceStat:
-    """`version` changes when the content may have: modification time in ns, or the store's etag."""
+    """`version` changes when the content may have: modification time in ns, or the store's etag; empty
+    where a server tells neither, so that equality proves nothing."""
 
     uri: str
     size: int
@@ -163,8 +165,9 @@ def local_path(uri: str) -> str:
 
 def _find_remote(uri: str, policy: SourcePolicy) -> tuple[fsspec.AbstractFileSystem, str, SourceStat]:
     place = normalise_uri(uri)
+    meant = normalise_uri(unquote(uri)) if scheme_of(uri) in NETWORK else place  # servers read %2e%2e as ..
     roots = [normalise_uri(root) for root in policy.allowed_roots if not _is_local(root)]
-    _check_inside(uri, place, roots, policy)
+    _check_inside(uri, meant, roots, policy)
     with _reading(uri):
         options = policy.storage_options if scheme_of(uri) in STORES else {}
         storage, path = fsspec.core.url_to_fs(place, **options)

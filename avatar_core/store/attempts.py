@@ -40,7 +40,7 @@ class CatalogFile:
 
 @dataclass(frozen=True)
 class Attempts:
-    """`catalogs` and `manifests`, oldest first, hold every row once.
+    """`catalogs` and `manifests`, oldest first, hold every row; two catalog files may share some.
 
     `superseded` catalog files and `covered` manifests exist but add nothing to them.
     """
@@ -51,7 +51,7 @@ class Attempts:
     covered: frozenset[str]
 
     def table(self) -> pa.Table:
-        tables = [file.table for file in self.catalogs.values()]
+        tables = _distinct([file.table for file in self.catalogs.values()])
         tables += [_with_attempt(table, attempt) for attempt, table in self.manifests.items()]
         return _united(tables)
 
@@ -82,15 +82,16 @@ def compact(storage: Storage, stage: str, min_manifests: int = 64) -> str | None
         return None
     tables = [_with_attempt(table, attempt) for attempt, table in attempts.manifests.items()]
     rows = sum(table.num_rows for table in tables)
-    supersedes: set[str] = set()
+    taken, supersedes = [], set()
     for name, file in sorted(attempts.catalogs.items(), key=lambda item: item[1].table.num_rows):
         if file.table.num_rows > _GROWTH * rows:
             break
-        tables.append(file.table)
+        # whole, also where a file not taken shares its rows: another compaction may supersede that one
+        taken.append(file.table)
         rows += file.table.num_rows
         supersedes |= {name, *file.supersedes}
     names = json.dumps(sorted(supersedes & {*attempts.catalogs, *attempts.superseded}))
-    table = _united(tables).replace_schema_metadata({_SUPERSEDES: names.encode()})
+    table = _united([*_distinct(taken), *tables]).replace_schema_metadata({_SUPERSEDES: names.encode()})
     catalog = new_id()
     storage.write_bytes(f"{catalog_folder(stage)}/{catalog}.parquet", parquet_bytes(table))
     return catalog
@@ -103,7 +104,7 @@ class _VanishedError(Exception):
 def _read_listed(storage: Storage, stage: str) -> Attempts:
     # Manifests are listed first: one that is gone by then is in a catalog file that is listed after it.
     listed = _attempt_paths(storage, manifest_folder(stage))
-    catalogs, superseded = _read_catalogs(storage, _attempt_paths(storage, catalog_folder(stage)))
+    catalogs, superseded = _read_catalogs(storage, _settled_paths(storage, catalog_folder(stage)))
     held = {attempt for file in catalogs.values() for attempt in file.table["attempt"].unique().to_pylist()}
     open_paths = {attempt: path for attempt, path in listed.items() if attempt not in held}
     manifests = {}
@@ -118,7 +119,7 @@ def _read_listed(storage: Storage, stage: str) -> Attempts:
 def _read_catalogs(
     storage: Storage, paths: Mapping[str, str]
 ) -> tuple[dict[str, CatalogFile], frozenset[str]]:
-    """The files that no other one supersedes, oldest first, each attempt in one of them only."""
+    """The files that no other one supersedes, oldest first."""
     files: dict[str, CatalogFile] = {}
     superseded: set[str] = set()
     for name in sorted(paths, reverse=True):
@@ -129,19 +130,33 @@ def _read_catalogs(
             named = json.loads((table.schema.metadata or {}).get(_SUPERSEDES, b"[]"))
             files[name] = CatalogFile(table, frozenset(named))
             superseded.update(named)
-    held = pa.array([], pa.string())
-    catalogs = {}
-    for name in sorted(files.keys() - superseded):
-        table = files[name].table.filter(pc.invert(pc.is_in(files[name].table["attempt"], value_set=held)))
-        held = pa.concat_arrays([held, pc.unique(table["attempt"])])
-        catalogs[name] = CatalogFile(table, files[name].supersedes)
+    catalogs = {name: files[name] for name in sorted(files.keys() - superseded)}
     return catalogs, frozenset(superseded & paths.keys())
+
+
+def _distinct(tables: Iterable[pa.Table]) -> list[pa.Table]:
+    """Each attempt in the first of the tables that has it; whichever it is has all its rows."""
+    held = pa.array([], pa.string())
+    distinct = []
+    for table in tables:
+        rest = table.filter(pc.invert(pc.is_in(table["attempt"], value_set=held)))
+        held = pa.concat_arrays([held, pc.unique(rest["attempt"])])
+        distinct.append(rest)
+    return distinct
 
 
 def _attempt_paths(storage: Storage, folder: str) -> dict[str, str]:
     """Oldest first."""
     paths = [path for path in sorted(storage.list(folder)) if ATTEMPT_NAME.fullmatch(path.rpartition("/")[2])]
     return {path.rpartition("/")[2].removesuffix(".parquet"): path for path in paths}
+
+
+def _settled_paths(storage: Storage, folder: str) -> dict[str, str]:
+    """A listing may miss both a file that goes and its successor that comes: two in a row do not."""
+    paths = _attempt_paths(storage, folder)
+    while (again := _attempt_paths(storage, folder)) != paths:
+        paths = again
+    return paths
 
 
 def _read(storage: Storage, path: str) -> bytes:

@@ -165,8 +165,22 @@ def test_an_open_mouth_is_measured(inside: tuple[int, int, int], opening: int, l
 def test_a_closed_mouth_has_no_gap_but_a_seam(light: float) -> None:
     strip = (drawn_mouth(0, SEAM) * light).astype(np.uint8)
     assert gap_of(strip) is None
-    heights = seam_heights(mouth_strip(strip, (-0.4, 0.8)).lightness)
+    heights = seam_heights(mouth_strip(strip, (-0.4, 0.8)))
     assert heights[5] * HALF == pytest.approx(8, abs=2)
+
+
+def test_a_moustache_is_neither_gap_nor_seam() -> None:
+    strip = drawn_mouth(0, SEAM)
+    corner = int(0.7 * HALF)
+    strip[corner - 22 : corner - 8] = (70, 55, 45)
+    assert gap_of(strip) is None
+    assert seam_heights(mouth_strip(strip, (-0.4, 0.8)))[5] * HALF == pytest.approx(8, abs=3)
+
+
+def test_a_dark_background_beside_a_profile_is_no_gap() -> None:
+    strip = drawn_mouth(0, SEAM)
+    strip[:, HALF:] = (12, 14, 12)
+    assert gap_of(strip) is None
 
 
 @pytest.mark.parametrize("colour", [0, 128, 255])

@@ -121,6 +121,18 @@ def test_untrusted_eyes_stay_open() -> None:
     np.testing.assert_array_equal(frame(renderer, blink=1), frame(renderer))
 
 
+def test_one_frontal_eye_alone_never_winks() -> None:
+    contours = replace(portrait_contours(), eyes_trusted=(True, False))
+    renderer = Renderer(portrait(), [contours])
+    np.testing.assert_array_equal(frame(renderer, blink=1), frame(renderer))
+
+
+def test_a_grey_picture_stays_grey() -> None:
+    grey = cv2.cvtColor(cv2.cvtColor(portrait(), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    drawn = frame(Renderer(grey, [portrait_contours()]), 0.9, blink=0.5).astype(int)
+    assert np.ptp(drawn, axis=2).max() <= 2
+
+
 def test_head_sway_moves_the_face_and_pins_the_border(renderer: Renderer) -> None:
     still = frame(renderer)
     swayed = frame(renderer, head=np.array([[0.05, 0, 0, 0, 0]], np.float32))
@@ -219,6 +231,12 @@ def test_degenerate_outline_does_not_fail() -> None:
     contours = Contours(**curves, eyes_trusted=(True, True), source="points")
     picture = np.full((120, 120, 3), 128, np.uint8)
     assert frame(Renderer(picture, [contours]), 1, 1, 1).shape == picture.shape
+
+
+def test_a_picture_without_faces_stays_as_it_is() -> None:
+    none = np.zeros(0, np.float32)
+    drawn = Renderer(portrait(), []).frame(none, none, none, np.zeros((0, 5), np.float32))
+    np.testing.assert_array_equal(drawn, portrait())
 
 
 def test_the_picture_itself_is_never_altered() -> None:

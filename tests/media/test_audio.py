@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import soundfile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -164,6 +165,22 @@ def test_formats_are_aligned_and_as_long_as_the_original(
     assert abs(lag(reference, mono)) <= (1100 * 16_000 // rate if container == "adts" else 8)
 
 
+@pytest.mark.parametrize(
+    ("padding", "duration_ms", "expected"), [(1024, 2000, 88_200), (2112, 2000, 87_112), (2112, 1000, 44_100)]
+)
+def test_edit_list_of_an_m4a(tmp_path: Path, padding: int, duration_ms: int, expected: int) -> None:
+    """Encoders differ in the padding that the edit list leaves out, and editors cut by it alone."""
+    samples = speech(44_100)
+    path = write_media(tmp_path / "a.m4a", samples, 44_100, "aac", "mp4")
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">Ii", content, content.index(b"elst") + 12, duration_ms, padding)
+    path.write_bytes(content)
+    assert probe_audio(path).samples == expected
+    found = load_mono(path, 44_100)
+    assert len(found) == expected
+    assert abs(lag(samples[:, 0], found) + padding - 1024) <= 8
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
 def test_a_window_is_a_part_of_the_whole(tmp_path: Path, name: str) -> None:
     codec = {"a.wav": "pcm_s16le", "a.flac": "flac", "a.mp3": "libmp3lame"}[name]
@@ -271,6 +288,15 @@ def test_wav_shorter_than_its_header(tmp_path: Path) -> None:
     assert refusal(path) == message
     with pytest.raises(InputError, match=r"header says 3\.00 s"):
         load_mono(path, 16_000)
+
+
+def test_wav_with_an_odd_chunk_before_its_data(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", speech(16_000), 16_000)
+    content = path.read_bytes()
+    path.write_bytes(content[:36] + b"LIST" + struct.pack("<I", 5) + b"INFO!\0" + content[36:])
+    assert probe_audio(path).samples == 32_000
+    path.write_bytes(path.read_bytes()[:-16_000])
+    assert refusal(path).startswith("is truncated: its header says 2.00 s, 1.50 s")
 
 
 @pytest.mark.parametrize(("suffix", "codec", "container", "rate"), FORMATS)
@@ -391,3 +417,15 @@ def test_sniff(tmp_path: Path) -> None:
     for suffix, codec, container, rate in FORMATS[:7]:
         path = write_media(tmp_path / "media", speech(rate, 0.2), rate, codec, container)
         assert sniff(path) == names[suffix]
+
+
+@pytest.mark.parametrize(("samples", "rate"), [(8_000, 8_000), (54_150, 16_000), (30_001, 44_100)])
+def test_vorbis_is_counted_to_the_sample_where_its_block_size_changes(tmp_path, samples, rate):
+    sound = np.sin(np.arange(samples) ** 1.2 / 50).astype(np.float32) * 0.3
+    sound[samples // 3 : samples // 2] = 0  # silence and clicks make the encoder change its block size
+    soundfile.write(tmp_path / "a.ogg", sound, rate, format="OGG", subtype="VORBIS")
+
+    assert probe_audio(tmp_path / "a.ogg").samples == samples
+    expected, _ = soundfile.read(tmp_path / "a.ogg", dtype="float32")
+    # FFmpeg's decoder may leave out a last short block, which is then silence.
+    np.testing.assert_allclose(load_mono(tmp_path / "a.ogg", rate)[:-1024], expected[:-1024], atol=1e-4)

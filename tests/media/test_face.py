@@ -215,6 +215,14 @@ def test_alignment_puts_the_points_in_place(detector: FaceDetector, portrait: Pi
     assert np.abs(upright.astype(float) - 128).mean() > 10
 
 
+def test_alignment_reads_a_very_wide_picture(detector: FaceDetector, portrait: Picture) -> None:
+    (face,) = detector.detect(portrait)
+    wide = np.zeros((512, 40_000, 3), np.uint8)
+    wide[:, 35_000:35_512] = portrait
+    moved = align(wide, face.points + np.array([35_000, 0]), 64)
+    assert np.abs(moved.astype(float) - align(portrait, face.points, 64)).mean() < 1
+
+
 def test_similarity_recovers_a_known_map() -> None:
     angle, zoom = 0.4, 2.5
     turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

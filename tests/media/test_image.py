@@ -136,10 +136,10 @@ def test_other_modes(tmp_path: Path, mode: str, value: Any, expected: int | None
 
 
 def test_16_bit_grey_is_scaled(tmp_path: Path) -> None:
-    grey = np.full((HEIGHT, WIDTH), 32896, np.uint16)
+    grey = np.full((HEIGHT, WIDTH), 0xC000, np.uint16)
     grey[0, 0], grey[0, 1] = 65535, 255
     pixels = load_image(write(tmp_path, encoded(Image.fromarray(grey), "PNG")))
-    assert (pixels[5, 5].tolist(), pixels[0, 0, 0], pixels[0, 1, 0]) == ([128, 128, 128], 255, 1)
+    assert (pixels[5, 5].tolist(), pixels[0, 0, 0], pixels[0, 1, 0]) == ([191, 191, 191], 255, 1)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4), (4, 2), (0, 1)])

@@ -1,6 +1,10 @@
+import functools
 import hashlib
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +174,25 @@ def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
     assert "s3://absent-bucket/a.png: " in refusal(
         "s3://absent-bucket/a.png", SourcePolicy(storage_options=s3_options)
     )
+
+
+@pytest.fixture
+def website(picture: Path) -> Iterator[str]:
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=picture.parent.parent)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_network_when_allowed(website: str, picture: Path, tmp_path: Path) -> None:
+    picture.rename(picture.with_name("a.png"))
+    policy = SourcePolicy(allow_network=True, allowed_roots=[f"{website}/in"])
+    assert stat_source(f"{website}/in/a.png", policy).size == len(CONTENT)
+    digest = copy_source(f"{website}/in/a.png", policy, tmp_path / "copy")
+    assert digest == hashlib.sha256(CONTENT).hexdigest()
+    assert "no such file" in refusal(f"{website}/in/absent.png", policy)
+    for path in ("copy", "in/../copy", "in/%2e%2e/copy"):
+        assert "lies outside the allowed folders" in refusal(f"{website}/{path}", policy)
+    assert "network sources are off" in refusal(f"{website}/in/a.png", SourcePolicy())

@@ -181,7 +181,7 @@ def test_metadata_and_fast_start(tmp_path: Path) -> None:
     assert {key: found[key] for key in given} == given
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
-    assert "creation_time" not in found
+    assert not {"creation_time", "encoder"} & set(found)
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

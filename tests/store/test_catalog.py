@@ -2,6 +2,7 @@ import logging
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,18 +206,20 @@ def test_a_catalog_file_of_a_slow_clock_still_supersedes(storage, monkeypatch):
     assert [row["attempt"] for row in load_catalog(storage, "face").attempts("a")] == [first, second]
 
 
-def racing(storage: Storage, action) -> Storage:
-    """The same store, on which `action` happens right before the first file is read."""
+def racing(storage: Storage, method: str, action) -> Storage:
+    """The same store, on which `action` happens right before the first call of `method`."""
 
     class Racing(type(storage)):
-        def read_bytes(self, path):
-            with lock:
-                pending = actions.pop() if actions else None
-                if pending:
-                    pending()
-            return super().read_bytes(path)
+        pass
 
-    lock, actions = threading.Lock(), [action]
+    def call(self, *arguments):
+        with lock:
+            if actions:
+                actions.pop()()
+        return original(self, *arguments)
+
+    lock, actions, original = threading.Lock(), [action], getattr(type(storage), method)
+    setattr(Racing, method, call)
     storage.__class__ = Racing
     return storage
 
@@ -232,9 +235,13 @@ def test_files_that_vanish_while_reading_are_looked_up_again(make_storage):
         plain.delete([f"{manifest_folder('face')}/{name}.parquet" for name in found.covered])
         plain.delete([f"{catalog_folder('face')}/{name}.parquet" for name in found.superseded])
 
-    assert set(load_catalog(racing(make_storage(), compact_and_delete), "face").ok_keys()) == set("abc")
+    assert set(
+        load_catalog(racing(make_storage(), "read_bytes", compact_and_delete), "face").ok_keys()
+    ) == set("abc")
     attempt(plain, d="ok")
-    assert set(load_catalog(racing(make_storage(), compact_and_delete), "face").ok_keys()) == set("abcd")
+    assert set(
+        load_catalog(racing(make_storage(), "read_bytes", compact_and_delete), "face").ok_keys()
+    ) == set("abcd")
     assert len(catalog_files(plain)) == 1
 
 
@@ -258,15 +265,16 @@ def test_an_unreachable_store_is_an_error_not_an_empty_catalog(tmp_path):
 
 
 statuses = st.dictionaries(st.sampled_from("abcd"), st.sampled_from(["ok", "failed"]), min_size=1)
-steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("attempt"), statuses),
-        st.tuples(st.just("hide"), st.integers(0, 100)),
-        st.tuples(st.just("drop"), st.sets(st.sampled_from("abcd"))),
-        st.tuples(st.just("compact"), st.integers(1, 3)),
-        st.tuples(st.just("clean"), st.none()),
-    ),
-    max_size=12,
+simple_steps = st.one_of(
+    st.tuples(st.just("attempt"), statuses),
+    st.tuples(st.just("hide"), st.integers(0, 100)),
+    st.tuples(st.just("drop"), st.sets(st.sampled_from("abcd"))),
+    st.tuples(st.just("compact"), st.just([])),
+    st.tuples(st.just("clean"), st.none()),
+)
+# a compaction between whose reading and writing other things happen, other such compactions too
+steps = st.recursive(
+    simple_steps, lambda inner: st.tuples(st.just("compact"), st.lists(inner, max_size=5)), max_leaves=6
 )
 
 
@@ -286,27 +294,58 @@ class Model:
         return (ok[0] if ok else None, failed[-1] if failed and not ok else None)
 
 
-@given(steps)
-def test_any_history_resolves_as_the_rules_say(history):
-    storage, model = Storage(f"memory://{uuid.uuid4()}"), Model()
+def play(root: str, model: Model, action: str, argument) -> None:
+    storage = Storage(root)
+    if action == "attempt":
+        name = attempt(storage, **argument)
+        model.rows += [(name, key, status) for key, status in argument.items()]
+    elif action == "hide" and model.rows:
+        name, key, _ = model.rows[argument % len(model.rows)]
+        hide(storage, "face", [(key, name)])
+        model.hidden.add((name, key))
+    elif action == "drop":
+        drop(storage, "face", argument, load_catalog(storage, "face"))
+        model.hidden |= {row[:2] for key in argument for row in model.live(key)}
+    elif action == "compact":
+        meanwhile = partial(play_all, root, model, argument)
+        compact(racing(storage, "write_bytes", meanwhile), "face", 1)
+    elif action == "clean":
+        found = read_attempts(storage, "face")
+        storage.delete([f"{manifest_folder('face')}/{name}.parquet" for name in found.covered])
+        storage.delete([f"{catalog_folder('face')}/{name}.parquet" for name in found.superseded])
+
+
+def play_all(root: str, model: Model, history) -> None:
     for action, argument in history:
-        if action == "attempt":
-            name = attempt(storage, **argument)
-            model.rows += [(name, key, status) for key, status in argument.items()]
-        elif action == "hide" and model.rows:
-            name, key, _ = model.rows[argument % len(model.rows)]
-            hide(storage, "face", [(key, name)])
-            model.hidden.add((name, key))
-        elif action == "drop":
-            drop(storage, "face", argument, load_catalog(storage, "face"))
-            model.hidden |= {row[:2] for key in argument for row in model.live(key)}
-        elif action == "compact":
-            compact(storage, "face", argument)
-        elif action == "clean":
-            found = read_attempts(storage, "face")
-            storage.delete([f"{manifest_folder('face')}/{name}.parquet" for name in found.covered])
-            storage.delete([f"{catalog_folder('face')}/{name}.parquet" for name in found.superseded])
-        catalog = load_catalog(storage, "face")
+        play(root, model, action, argument)
+        catalog = load_catalog(Storage(root), "face")
         for key in "abcd":
             rows = (catalog.get(key), catalog.failure(key))
             assert tuple(row and row["attempt"] for row in rows) == model.answer(key)
+
+
+@given(st.lists(steps, max_size=12))
+def test_any_history_resolves_as_the_rules_say(history):
+    play_all(f"memory://{uuid.uuid4()}", Model(), history)
+
+
+def attempts_in(file) -> set[str]:
+    return set(file.table["attempt"].to_pylist())
+
+
+def test_a_catalog_file_holds_all_that_it_supersedes(make_storage):
+    """Else two compactions, each relying on a file that the other supersedes, would lose rows."""
+    plain = make_storage()
+    for number in range(8):
+        attempt(plain, **{f"k{number}": "ok"})
+    compact(racing(make_storage(), "write_bytes", lambda: compact(plain, "face", 1)), "face", 1)
+    assert len(read_attempts(plain, "face").catalogs) == 2
+    for number in range(8, 12):
+        before = read_attempts(plain, "face").catalogs
+        attempt(plain, **{f"k{number}": "ok"})
+        compact(plain, "face", 1)
+        after = read_attempts(plain, "face").catalogs
+        for name in before.keys() - after.keys():
+            for file in after.values():
+                if name in file.supersedes:
+                    assert attempts_in(before[name]) <= attempts_in(file)

@@ -77,7 +77,7 @@ def test_known_digest_never_changes():
         -float("inf"),
         {1},
         b"x",
-        object(),
+        object,
         Path("x"),
         {1: "x"},
         {"a": [{"b": {2}}]},

@@ -70,10 +70,9 @@ def test_an_item_key_has_no_slash(key):
         pack({key: {"a": np.zeros(1)}})
 
 
-@pytest.mark.parametrize(
-    "tensor", [np.array(["x"]), np.array([object()]), np.zeros(1, "datetime64[s]")], ids=str
-)
-def test_types_that_safetensors_lacks_are_refused(tensor):
+@pytest.mark.parametrize("dtype", ["U1", "O", "datetime64[s]"])
+def test_types_that_safetensors_lacks_are_refused(dtype):
+    tensor = np.zeros(1, dtype)
     with pytest.raises(StoreError, match=re.escape(str(tensor.dtype))):
         pack({"k": {"a": tensor}})
 

@@ -12,6 +12,7 @@ from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture
 MIN_HALF_WIDTH_PX = 4.0
 MIN_OPENING = 0.12  # height over half width: flatter eyes are closed already
 MIN_RELATIVE_WIDTH = 0.55  # the far eye of a turned head is left alone
+MIN_TURN_OF_ONE_EYE = 0.5  # see `FaceAxes.turn`
 CLOSURE = 0.97
 BROW_FREE = 0.5  # of the height up to the brow: this much skin stretches, the brow itself stays
 
@@ -24,11 +25,13 @@ def blinking_eyes(contours: Contours, axes: FaceAxes, picture_shape: tuple[int, 
     )
     eyes = [Eye(*outline, axes.down, lower_margin, picture_shape) for outline in outlines]
     widest = max(eye.half_width for eye in eyes)
-    return [
+    able = [
         eye
         for eye, trusted in zip(eyes, contours.eyes_trusted, strict=True)
         if trusted and eye.usable and eye.half_width > MIN_RELATIVE_WIDTH * widest
     ]
+    # One eye alone would wink, unless the other is hidden by the turn of the head.
+    return able if len(able) == 2 or axes.turn > MIN_TURN_OF_ONE_EYE else []
 
 
 class Eye:

@@ -10,11 +10,10 @@ from avatar_core.backends.preview.warp import FloatArray, Picture, resize, warp_
 
 BORDER_SHARE = 0.10  # of the longer side, over which the movement towards a border dies out
 TORSO_SHARE = 0.45  # of the head's sway that reaches the shoulders
-LARGEST_SWAY = np.array(
-    [0.04, 0.05, 0.04, 0.08, 0.07], np.float32
-)  # x, y, roll, yaw, pitch at head_motion = 1
-FACE_WIDTH, FACE_HEIGHT = (-1.2, 1.2), (-0.9, 1.8)  # from between the eyes, in eye-mouth distances
-MIN_SHIFT_PX = 0.05  # smaller movements cannot be seen
+# Of x, y, roll, yaw, pitch at head_motion = 1.
+LARGEST_SWAY = np.array([0.04, 0.05, 0.04, 0.08, 0.07], np.float32)
+FACE_WIDTH, FACE_HEIGHT = (-1.0, 1.0), (-0.6, 1.5)  # from between the eyes, in eye-mouth distances
+MIN_SHIFT_PX = 0.15  # smaller movements cannot be seen
 
 
 class HeadSway:
@@ -52,7 +51,7 @@ class HeadSway:
         return first, (int(used_columns[-1]) + 1, int(used_rows[-1]) + 1)
 
     def _face_box(self, face: FaceAxes) -> Box:
-        """From hairline to chin and ear to ear, relative to `self.box`."""
+        """From brows to chin, relative to `self.box`."""
         down, across = face.down * face.eye_mouth, face.across * face.eye_mouth
         corners = [face.eyes + u * across + v * down for u in FACE_WIDTH for v in FACE_HEIGHT]
         x0, y0, x1, y1 = self.box

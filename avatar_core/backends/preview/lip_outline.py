@@ -18,6 +18,7 @@ ROWS = int((BOTTOM - TOP) * HALF)
 HEIGHT_UNIT = 0.45  # of the eye-mouth distance
 ACROSS = np.linspace(-0.96, 0.96, 11)  # where the inner lips' points stand, in half mouth widths
 MIDDLE = 5  # index of a lip's middle point
+LIP_ROWS = 25  # about the thickness of a lip in the strip
 SEAM_REACH = 0.3  # height units the seam may lie away from the template's
 
 
@@ -76,7 +77,7 @@ def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame) -> LipCurv
     """Lips moved to the picture's own seam, or round the gap of a mouth that is already open."""
     strip = mouth_strip(frame.strip(picture), lip_window(frame, lips))
     template = frame.heights((lips.upper_inner + lips.lower_inner) / 2)
-    seam = np.clip(seam_heights(strip.lightness), template - SEAM_REACH, template + SEAM_REACH)
+    seam = np.clip(seam_heights(strip), template - SEAM_REACH, template + SEAM_REACH)
     gap = find_gap(strip, ACROSS)
     upper, lower = (frame.inner_curve(h) for h in ((seam, seam) if gap is None else opened(seam, gap)))
     return LipCurves(
@@ -107,12 +108,21 @@ def opened(seam: Points, gap: tuple[Points, Points]) -> tuple[Points, Points]:
     return upper, lower
 
 
-def seam_heights(lightness: Plane) -> Points:
-    """Height of the lips' seam over ACROSS: the darkest way through the strip from side to side, held
-    near the corners' line and smoothed by a quartic."""
+def seam_heights(strip: Strip) -> Points:
+    """Height of the lips' seam over ACROSS: the darkest way between red lips through the strip from side
+    to side, held near the corners' line and smoothed by a quartic."""
+    lightness = strip.lightness
     even = (lightness - np.median(lightness)) / (lightness.std() + 1e-3)
     valley = cv2.GaussianBlur(even, (0, 0), 9) - cv2.GaussianBlur(even, (0, 0), 1.5)
     row = np.arange(ROWS)
-    path = lowest_path(0.00045 * (row[:, None] + TOP * HALF) ** 2 - valley)
+    path = lowest_path(0.00045 * (row[:, None] + TOP * HALF) ** 2 - valley - lip_likeness(strip))
     quartic = np.polyfit(np.linspace(-1, 1, 2 * HALF), path / HALF + TOP, 4)
     return np.asarray(np.polyval(quartic, ACROSS), np.float64)
+
+
+def lip_likeness(strip: Strip) -> Plane:
+    """0..1: how red the strip is close above and below; keeps the seam out of a dark moustache."""
+    redness = cv2.morphologyEx(strip.redness, cv2.MORPH_CLOSE, np.ones((LIP_ROWS, 1), np.uint8))
+    middle = strip.redness[strip.inside_window, HALF // 2 : -HALF // 2]
+    low, high = np.percentile(middle, [20, 95])
+    return np.clip((redness - low) / max(high - low, 6.0), 0, 1).astype(np.float32)

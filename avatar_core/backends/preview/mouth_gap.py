@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 Plane = NDArray[np.float32]
 
 WIDEST_GAP = 0.83  # height units; deeper valleys are not seen as one
-LEAST_GAP = 0.1  # mean height of a gap
+LEAST_GAP = 0.1  # height of a gap in its middle
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 
 
@@ -86,24 +86,48 @@ def gap_rows(strip: Strip, evidence: Floats) -> tuple[NDArray[np.intp], NDArray[
 
 def inside_evidence(strip: Strip) -> Floats:
     """-1..1 per pixel, above 0 where it looks like teeth or cavity between two lips."""
-    skin = skin_lightness(strip)
+    skin = rim_median(strip, strip.lightness)
     middle = strip.inside_window, slice(strip.half // 2, -strip.half // 2)
     low, high = np.percentile(strip.redness[middle], [5, 95])
-    fall = valley_depth(strip, strip.redness)
-    limit = max(0.025 * skin, 0.25 * float(np.percentile(fall[middle], 95)), 1.0)
-    # A cavity is dark and has brighter lips round it, unlike the background beside a turned face.
-    enclosed = valley_depth(strip, strip.lightness) / (0.2 * skin) - 1
-    dark = np.minimum((0.38 * skin - strip.lightness) / (0.08 * skin), enclosed)
-    evidence = np.maximum((fall - limit) / (0.5 * limit), dark)
-    if high - low < 4:  # a picture without colour: only teeth brighter than both lips can tell
-        evidence = np.maximum(evidence, (valley_depth(strip, -strip.lightness) - 0.14 * skin) / (0.07 * skin))
+    evidence = np.maximum(pale_evidence(strip, middle, low, high), dark_evidence(strip, skin, high))
+    # Without colour, lips brighter than a beard would pass for teeth.
+    if high - low < 4 and skin >= 0.9 * np.median(strip.lightness[middle]):
+        evidence = np.maximum(evidence, bright_evidence(strip, skin))
     evidence[~strip.inside_window] = NOT_LIP
     return np.clip(evidence, NOT_LIP, 1).astype(np.float64)
 
 
-def skin_lightness(strip: Strip) -> float:
-    """From the strip's upper and lower rim."""
-    middle = strip.lightness[:, strip.half // 2 : -strip.half // 2]
+def pale_evidence(
+    strip: Strip, middle: tuple[NDArray[np.bool_], slice], least_red: float, most_red: float
+) -> Plane:
+    """Less red than both sides, which themselves are red: a beard below skin is no gap."""
+    fall = valley_depth(strip, strip.redness)
+    fall[strip.redness + fall < least_red + 0.3 * (most_red - least_red)] = 0
+    skin = rim_median(strip, strip.lightness)
+    limit = max(0.025 * skin, 0.25 * float(np.percentile(fall[middle], 95)), 1.0)
+    return (fall - limit) / (0.5 * limit)
+
+
+def dark_evidence(strip: Strip, skin: float, most_red: float) -> Plane:
+    """A cavity is dark and has brighter lips round it, unlike the background beside a turned face; where
+    lips are much redder than skin, they are so on both sides, unlike round a moustache."""
+    enclosed = valley_depth(strip, strip.lightness) / (0.2 * skin) - 1
+    evidence = np.minimum((0.38 * skin - strip.lightness) / (0.08 * skin), enclosed)
+    skin_red = rim_median(strip, strip.redness)
+    if most_red - skin_red > 12:
+        sides = strip.redness + valley_depth(strip, strip.redness)
+        evidence[sides < skin_red + 0.25 * (most_red - skin_red)] = NOT_LIP
+    return evidence
+
+
+def bright_evidence(strip: Strip, skin: float) -> Plane:
+    """Teeth in a picture without colour: brighter than both lips."""
+    return (valley_depth(strip, -strip.lightness) - 0.14 * skin) / (0.07 * skin)
+
+
+def rim_median(strip: Strip, values: Plane) -> float:
+    """The skin's value, from the strip's upper and lower rim; at least 1."""
+    middle = values[:, strip.half // 2 : -strip.half // 2]
     return max(float(np.median(np.concatenate([middle[:6], middle[-6:]]))), 1.0)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar_core.backends.preview.axes import FaceAxes, smoothstep
+from avatar_core.backends.preview.axes import Box, FaceAxes, smoothstep
 from avatar_core.backends.preview.warp import FloatArray, Picture
 
 LUMINANCE = np.array([0.30, 0.59, 0.11])
@@ -27,7 +27,7 @@ class FaceLight:
     saturation: float  # 0 in a grey picture .. 1
 
     @classmethod
-    def measure(cls, picture: Picture, axes: FaceAxes) -> "FaceLight":
+    def measure(cls, picture: Picture, lower_face: Box, axes: FaceAxes) -> "FaceLight":
         patches = np.array([_patch_mean(picture, point) for point in axes.mouth.to_picture(SKIN_PLACES)])
         skin = np.median(patches, axis=0)
         warm = skin / max(skin.mean(), 1)
@@ -36,8 +36,15 @@ class FaceLight:
             brightness=float(np.clip(skin @ LUMINANCE / 190, 0.25, 1.15)),
             tint=(0.75 + 0.25 * warm / max(warm.max(), 1e-3)).astype(np.float32),
             from_right=float(np.clip((right - left) / (right + left + 1), -0.5, 0.5)),
-            saturation=float(np.clip(np.ptp(skin) / max(skin.mean(), 1) / SKIN_CHROMA, 0, 1)),
+            saturation=_saturation(picture[lower_face.slices]),
         )
+
+
+def _saturation(lower_face: Picture) -> float:
+    """By the most coloured pixels, for overexposed skin is white."""
+    colours = lower_face.reshape(-1, 3).astype(np.float32)
+    chroma = np.ptp(colours, axis=1) / np.maximum(colours.mean(axis=1), 1)
+    return float(np.clip(np.percentile(chroma, 90) / SKIN_CHROMA, 0, 1))
 
 
 def _patch_mean(picture: Picture, point: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -84,3 +91,10 @@ def _teeth_colour(light: FaceLight, u: FloatArray, below_upper: FloatArray) -> F
     side = 1 + 0.6 * light.from_right * u
     under_lip = 0.80 + 0.20 * smoothstep(below_upper, 0, 0.08)
     return np.asarray(base * (arch * between * side * under_lip)[..., None], np.float32)
+
+
+def lip_shade(below_upper: FloatArray, above_lower: FloatArray) -> FloatArray:
+    """How much light reaches the inside: little under the lips."""
+    upper = 0.45 * np.exp(-np.maximum(below_upper, 0) / 0.05)
+    lower = 0.30 * np.exp(-np.maximum(above_lower, 0) / 0.05)
+    return np.asarray(np.clip(1 - upper - lower, 0.3, 1), np.float32)

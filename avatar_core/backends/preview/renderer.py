@@ -6,12 +6,12 @@ from avatar_core.backends.preview.axes import FaceAxes
 from avatar_core.backends.preview.blink import blinking_eyes
 from avatar_core.backends.preview.contours import Contours
 from avatar_core.backends.preview.head import HeadSway
-from avatar_core.backends.preview.mouth_warp import Mouth
+from avatar_core.backends.preview.mouth import Mouth
 from avatar_core.backends.preview.warp import FloatArray, Picture
 
 
 class Renderer:
-    """Everything that is the same for all frames is computed once, here."""
+    """Everything that is the same for all frames is computed once, here. Without faces nothing moves."""
 
     def __init__(self, picture: Picture, faces: Sequence[Contours]) -> None:
         self._picture = picture
@@ -20,7 +20,7 @@ class Renderer:
         self._eyes = [
             blinking_eyes(contours, face, picture.shape) for contours, face in zip(faces, axes, strict=True)
         ]
-        self._sway = HeadSway(picture.shape, axes)
+        self._sway = HeadSway(picture.shape, axes) if axes else None
 
     def frame(
         self, mouth_open: FloatArray, mouth_wide: FloatArray, blink: FloatArray, head: FloatArray
@@ -31,5 +31,6 @@ class Renderer:
             mouth.draw(frame, float(mouth_open[index]), float(mouth_wide[index]))
             for eye in eyes:
                 eye.draw(frame, float(blink[index]))
-        self._sway.draw(frame, head)
+        if self._sway:
+            self._sway.draw(frame, head)
         return frame

@@ -1,0 +1,120 @@
+"""The mouth of one face: the picture's own lower face, warped in two layers that part at the lips."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from avatar_core.backends.preview.axes import Box, FaceAxes, smoothstep
+from avatar_core.backends.preview.contours import Contours
+from avatar_core.backends.preview.mouth_fields import TEETH_MARGIN, U_LIMIT, Lips, MouthFields
+from avatar_core.backends.preview.mouth_warp import MouthWarp
+from avatar_core.backends.preview.oral_cavity import FaceLight, draw_cavity, lip_shade
+from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture, warp_values
+
+MAX_GAP = 0.62  # between the lips at mouth_open = 1, in v units
+QUIET = 0.05  # smaller openings are noise of the audio track
+CLOSED_GAP = 0.008
+MOST_LIFT = 0.3  # of the lip line by any field, v units, with some reserve
+TURNED_STIFFNESS = 0.65  # of the movement that a face in profile loses: its outline is not trusted
+
+
+class Mouth:
+    def __init__(self, picture: Picture, contours: Contours, axes: FaceAxes) -> None:
+        chin_v = max(float(axes.mouth.to_uv(contours.chin)[1]), 0.6)
+        nose_v = float(axes.mouth.to_uv(contours.nose)[1])
+        top, bottom = 1.1 * nose_v - 0.1, 1.8 * chin_v
+        corners = np.array([(side * U_LIMIT, v) for side in (-1, 1) for v in (top, bottom)])
+        self.box = Box.around(axes.mouth.to_picture(corners), picture.shape, margin=2)
+        if self.box.empty:
+            return
+        self._lips = Lips.measure(contours, axes)
+        self._light = FaceLight.measure(picture, self.box, axes)
+        self._teeth = 1 - float(smoothstep(np.array(axes.turn), 0.5, 1.0))
+        self._freedom = 1 - TURNED_STIFFNESS * float(smoothstep(np.array(axes.turn), 0.35, 1.2))
+        self._pixel = 1 / axes.unit_v  # one pixel in v units
+        self._u, v = axes.mouth.grid(self.box)
+        upper, lower = self._lips.upper_at(self._u), self._lips.lower_at(self._u)
+        self._below_lower, self._above_upper = v - lower, upper - v
+        self._own_gap = lower - upper - TEETH_MARGIN
+        self._shared_rows = self._rows_of_both_layers()
+        self._warp = MouthWarp(MouthFields.build(self._u, v, self._lips, chin_v, nose_v), axes, self.box)
+
+    def _rows_of_both_layers(self) -> tuple[int, int]:
+        """First row that any opening gives to the lower layer; first below all that keep the upper one."""
+        below_upper = np.flatnonzero((self._above_upper < MOST_LIFT).any(axis=1))
+        above_lower = np.flatnonzero((self._below_lower < MAX_GAP + MOST_LIFT).any(axis=1))
+        if not len(below_upper) or not len(above_lower):
+            return 0, len(self._u)
+        return int(below_upper[0]), int(above_lower[-1]) + 1
+
+    def draw(self, frame: Picture, mouth_open: float, mouth_wide: float) -> None:
+        if self.box.empty:
+            return
+        gap = MAX_GAP * max(0.0, (mouth_open - QUIET) / (1 - QUIET)) ** 1.15
+        more_gap = self._freedom * (gap - self._lips.gap)
+        gap = self._lips.gap + more_gap
+        upper_map, lower_map = self._warp.maps(more_gap, self._freedom * mouth_wide)
+        first, last = self._shared_rows
+        source = frame[self.box.slices]
+        upper = warp_picture(source, upper_map[:last])
+        lower = warp_picture(source, lower_map[first:])
+        layers = _Layers(
+            upper=upper[first:],
+            lower=lower[: last - first],
+            upper_map=upper_map[first:last],
+            above=warp_values(self._above_upper, upper_map[first:last]),
+            below=warp_values(self._below_lower, lower_map[first:last]),
+        )
+        shared = layers.joined(self._pixel)
+        if gap > CLOSED_GAP:
+            self._draw_inside(shared, layers, gap, mouth_wide)
+        frame[self.box.slices] = np.concatenate([upper[:first], shared, lower[last - first :]])
+
+    def _draw_inside(self, shared: Picture, layers: "_Layers", gap: float, wide: float) -> None:
+        inside = -np.maximum(layers.above, layers.below)
+        opening = _bounds(inside > -0.1 * self._pixel)
+        if opening is None:
+            return
+        lip_map = np.ascontiguousarray(layers.upper_map[opening])
+        u = warp_values(self._u, lip_map)
+        depth, height = -layers.above[opening], -layers.below[opening]
+        colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
+        if self._lips.gap:
+            own = self._own_teeth(warp_values(self._own_gap, lip_map), depth)[..., None]
+            colours = np.asarray(colours * (1 - own) + layers.upper[opening] * own, np.float32)
+        shaded = colours * lip_shade(depth, height)[..., None]
+        cover = smoothstep(inside[opening], -0.1 * self._pixel, 1.7 * self._pixel)
+        # Thin wedges at the corners are where an outline errs first: they stay lip.
+        cover = cover * smoothstep(depth + height, 0, 0.10) * (1 - smoothstep(np.abs(u), 0.97, 1.06))
+        cover = cover[..., None]
+        shared[opening] = np.clip(shared[opening] * (1 - cover) + shaded * cover, 0, 255)
+
+    def _own_teeth(self, own_gap: FloatArray, depth: FloatArray) -> FloatArray:
+        """Where the inside that the picture itself shows, moving with the upper lip, is used."""
+        beyond = smoothstep(depth - own_gap, -3.5 * self._pixel, -0.5 * self._pixel)
+        return np.asarray((1 - beyond) * (own_gap > 0.02), np.float32)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Both layers, warped for one frame, in the rows that they share."""
+
+    upper: Picture
+    lower: Picture
+    upper_map: FloatArray
+    above: FloatArray  # v units, > 0 on the upper lip, < 0 in the opening
+    below: FloatArray  # v units, > 0 on the lower lip, < 0 in the opening
+
+    def joined(self, pixel: float) -> Picture:
+        """Each pixel from the layer it lies deeper in, with a soft edge."""
+        share = np.clip((self.above - self.below) / (2.4 * pixel) + 0.5, 0, 1)
+        return np.asarray(cv2.blendLinear(self.upper, self.lower, share, 1 - share), np.uint8)
+
+
+def _bounds(mask: NDArray[np.bool_]) -> tuple[slice, slice] | None:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)

@@ -1,0 +1,127 @@
+import dataclasses
+from typing import Any
+
+import pytest
+
+from avatar_core.config import Config, VideoConfig, nearest, option_names, parse, to_dict
+from avatar_core.errors import ConfigError
+
+
+def refusal(values: Any, kind: type[Any] = Config, where: str = "") -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, values, where)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_plain_values_become_typed_ones() -> None:
+    config = parse(
+        Config,
+        {
+            "table": "batch.csv",
+            "only": ["a", "b"],
+            "seed": "7",
+            "video": {"fps": "30", "max_side": 512.0},
+            "audio": {"max_duration_s": 5},
+            "face": {"required": "false"},
+        },
+    )
+    assert config.only == ("a", "b")
+    assert config.seed == 7
+    assert (config.video.fps, config.video.max_side) == (30.0, 512)
+    assert isinstance(config.video.fps, float)
+    assert config.audio.max_duration_s == 5.0
+    assert config.face.required is False
+    assert config.video.crf == VideoConfig().crf
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    message = refusal({"tabel": "a.csv", "video": {"fsp": 30, "crf": 99}, "face": {"rule": "nearest"}})
+    assert "unknown option `tabel`; did you mean `table`?" in message
+    assert "unknown option `video.fsp`; did you mean `video.fps`?" in message
+    assert "option `video.crf`" in message
+    assert "(got 99)" in message
+    assert "option `face.rule`" in message
+    assert "'largest', 'leftmost' or 'most_confident'" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("video.fps", 0),
+        ("video.fps", 121),
+        ("video.fps", float("nan")),
+        ("video.fps", "fast"),
+        ("video.crf", 52),
+        ("video.crf", 20.5),
+        ("video.max_side", 32),
+        ("video.x264_preset", "placebo"),
+        ("audio.max_duration_s", 0.5),
+        ("audio.silence_db", 3),
+        ("audio.min_duration_s", 0),
+        ("audio.long", "cut"),
+        ("face.min_face", 4),
+        ("input.max_bytes", 0),
+        ("input.min_side", 1),
+        ("runtime.shard_seconds", 0),
+        ("runtime.cache_bytes", 0),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(path: str, value: Any) -> None:
+    group, _, name = path.partition(".")
+    assert f"option `{path}`: " in refusal({group: {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -1), ("seed", 2**63), ("takes", 0), ("limit", 0), ("max_failed_fraction", 1.5), ("seed", 0.5)],
+)
+def test_a_run_option_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    assert f"option `{name}`: " in refusal({name: value})
+
+
+def test_the_path_of_a_part_stands_in_front() -> None:
+    assert "unknown option `video.crff`; did you mean `video.crf`?" in refusal(
+        {"crff": 1}, VideoConfig, "video"
+    )
+
+
+def test_table_and_rows_exclude_each_other() -> None:
+    assert "not both" in refusal({"table": "a.csv", "rows": [{"image": "a.png", "audio": "a.wav"}]})
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().video.fps = 30.0  # type: ignore[misc]
+
+
+def test_credentials_stay_out_of_what_is_shown_or_recorded() -> None:
+    config = parse(Config, {"storage": {"root": "s3://bucket/a", "options": {"secret": "hunter2"}}})
+    assert "hunter2" not in repr(config)
+    assert "hunter2" not in str(to_dict(config))
+    assert to_dict(config)["storage"] == {"root": "s3://bucket/a"}
+    assert config.storage.options == {"secret": "hunter2"}
+
+
+@pytest.mark.parametrize("storage", [{"options": "hunter2"}, {"options": ["hunter2"]}, {"secret": "hunter2"}])
+def test_misplaced_credentials_stay_out_of_the_message(storage: Any) -> None:
+    assert "hunter2" not in refusal({"storage": storage})
+
+
+def test_option_names_are_dotted() -> None:
+    names = option_names(Config)
+    assert {"table", "video", "video.crf", "storage.options", "runtime.shard_seconds"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("video.fsp", "; did you mean `video.fps`?"),
+        ("fps", "; did you mean `video.fps`?"),
+        ("entirely_different", ""),
+    ],
+)
+def test_the_nearest_name_is_offered(name: str, hint: str) -> None:
+    assert nearest(name, option_names(Config)) == hint

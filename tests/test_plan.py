@@ -1,0 +1,98 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avatar_core.pipeline import Batch, open_batch
+from avatar_core.plan import STAGES, first_failure, shards
+from avatar_core.stages.base import ItemSpec
+from tests.sample_rows import Rendered
+
+
+@pytest.fixture
+def fresh(rendered: Rendered, tmp_path: Path) -> Batch:
+    """Two pictures with two recordings each, ingested and nothing more."""
+    return open_batch({"table": str(rendered.table), "storage": {"root": str(tmp_path)}})
+
+
+def mark(batch: Batch, clip: int, stage: str, status: str = "ok", **columns: Any) -> None:
+    key = batch.clips[clip].items[stage].key
+    batch.results[stage].add({"key": key, "status": status, **columns})
+
+
+def fail(batch: Batch, clip: int, stage: str, retryable: bool = False) -> None:
+    mark(batch, clip, stage, "failed", retryable=retryable, error_type="InputError", error=f"{stage} is bad")
+
+
+def to_do(batch: Batch, retry_failed: bool = False) -> dict[str, int]:
+    batch = replace(batch, config=replace(batch.config, retry_failed=retry_failed))
+    return {stage: len(plan.to_do) for stage, plan in batch.plan().items()}
+
+
+def test_an_empty_store_needs_every_item_once(fresh: Batch) -> None:
+    plan = fresh.plan()
+    assert list(plan) == list(STAGES)
+    assert to_do(fresh) == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
+    assert {stage: p.items for stage, p in plan.items()} == to_do(fresh)
+    assert {p.cached for p in plan.values()} == {0}
+
+
+def test_a_finished_clip_needs_nothing_upstream(fresh: Batch) -> None:
+    for clip in range(4):
+        mark(fresh, clip, "decode")
+    assert set(to_do(fresh).values()) == {0}
+
+
+def test_only_what_a_missing_clip_consumes_is_wanted(fresh: Batch) -> None:
+    for clip in (1, 2, 3):
+        mark(fresh, clip, "decode")
+    assert to_do(fresh) == {"face": 1, "audio": 1, "reference": 1, "denoise": 1, "decode": 1}
+    mark(fresh, 0, "denoise")
+    assert to_do(fresh) == {"face": 1, "audio": 0, "reference": 1, "denoise": 0, "decode": 1}
+    mark(fresh, 0, "reference")
+    assert to_do(fresh) == {"face": 0, "audio": 0, "reference": 0, "denoise": 0, "decode": 1}
+
+
+def test_a_lasting_failure_stops_its_clips_alone(fresh: Batch) -> None:
+    fail(fresh, 0, "face")  # shared by clips 0 and 1
+    assert to_do(fresh) == {"face": 1, "audio": 2, "reference": 1, "denoise": 2, "decode": 2}
+    assert to_do(fresh, retry_failed=True)["decode"] == 4
+
+
+def test_a_failure_that_may_pass_is_tried_again(fresh: Batch) -> None:
+    fail(fresh, 0, "decode", retryable=True)
+    assert to_do(fresh)["decode"] == 4
+
+
+def test_the_first_failure_in_running_order_is_the_reason(fresh: Batch) -> None:
+    assert first_failure(fresh.clips[0], fresh.results) is None
+    fail(fresh, 0, "decode")
+    fail(fresh, 0, "audio", retryable=True)
+    failure = first_failure(fresh.clips[0], fresh.results)
+    assert failure is not None
+    assert (failure.stage, failure.error) == ("audio", "audio is bad")
+    lasting = first_failure(fresh.clips[0], fresh.results, lasting=True)
+    assert lasting is not None
+    assert lasting.stage == "decode"
+
+
+def test_a_finished_video_outweighs_failures_of_its_parts(fresh: Batch) -> None:
+    fail(fresh, 0, "face")
+    mark(fresh, 0, "decode")
+    assert first_failure(fresh.clips[0], fresh.results) is None
+
+
+def sizes(works: list[float], seconds_per_work: float, shard_seconds: float) -> list[int]:
+    items = [ItemSpec(str(number), None, work=work) for number, work in enumerate(works)]
+    pieces = list(shards(items, seconds_per_work, shard_seconds))
+    assert [spec for piece in pieces for spec in piece] == items
+    return [len(piece) for piece in pieces]
+
+
+def test_shards_grow_until_they_are_long_enough() -> None:
+    assert sizes([1.0] * 20, 0.001, 10.0) == [1, 2, 4, 8, 5]
+    assert max(sizes([1.0] * 2000, 0.001, 10.0)) == 256
+    assert sizes([1.0] * 12, 1.0, 3.0) == [1, 2, 3, 3, 3]
+    assert sizes([5.0, 50.0, 5.0], 1.0, 3.0) == [1, 1, 1]
+    assert sizes([], 1.0, 3.0) == []

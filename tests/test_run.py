@@ -1,0 +1,214 @@
+"""What one shard leaves behind, whatever happens in it. The stage here is real but does next to nothing."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from avatar_core.errors import Cancelled, InputError, StoreError, WeightsError
+from avatar_core.run import run_shard
+from avatar_core.stages.base import Asset, Item, ItemSpec, Output, Report, Stage
+from avatar_core.store.catalog import load_catalog
+from avatar_core.store.manifest import write_data
+from avatar_core.store.storage import Storage
+from tests.sample_rows import flip_byte
+
+
+class DoublingStage(Stage):
+    """Doubles the number in an item's configuration; a string there says how to fail."""
+
+    name = "doubling"
+    version = 1
+    columns = pa.schema({"double": pa.int64()})
+
+    def __init__(self) -> None:
+        self.scratch: list[Path] = []
+        self.loaded: list[Any] = []
+        self.threads: list[int] = []
+
+    def weights(self, config: Any) -> tuple[str, ...]:
+        return ("big",) if config == 100 else ()
+
+    def load(self, config: Any, device: str) -> Any:
+        self.loaded.append(config)
+        return 2
+
+    def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output:
+        self.scratch.append(scratch)
+        self.threads.append(cv2.getNumThreads())
+        report(1, 2)
+        if isinstance(config, Exception):
+            raise config
+        (scratch / "left behind").touch()
+        value = np.array([models * config])
+        if config < 0:
+            path = scratch / "result.txt"
+            path.write_text(str(value))
+            return Output({"double": int(value[0])}, file=path)
+        return Output({"double": int(value[0])}, {"double": value})
+
+
+class SummingStage(DoublingStage):
+    """Adds up what it consumes."""
+
+    name = "summing"
+
+    def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output:
+        values = [int(output.tensors["double"][0]) for output in item.inputs["doubling"]]
+        sizes = [len(path.read_bytes()) for path in item.assets.get("text", ())]
+        return Output({"double": sum(values) + sum(sizes)})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "store"))
+
+
+def specs(*configs: Any) -> list[ItemSpec]:
+    return [ItemSpec(f"key{number}", config, work=2.0) for number, config in enumerate(configs)]
+
+
+def test_results_are_committed_in_one_manifest(store: Storage) -> None:
+    seen: list[dict[str, Any]] = []
+    rows = run_shard(store, DoublingStage(), specs(1, 2, -3), {}, on_row=seen.append)
+    assert seen == rows
+    assert [row["double"] for row in rows] == [2, 4, -6]
+    assert len(store.list("stages/doubling/manifests")) == 1
+    catalog = load_catalog(store, "doubling")
+    for row in rows:
+        found = catalog.get(row["key"])
+        assert found is not None
+        assert {name: found[name] for name in ("double", "data", "sha256", "work")} == {
+            name: row[name] for name in ("double", "data", "sha256", "work")
+        }
+    assert rows[0]["data"] == rows[1]["data"]  # tensors share a file
+    assert rows[2]["data"].endswith(".txt")
+    assert store.read_bytes(rows[2]["data"]) == b"[-6]"
+
+
+def test_inputs_and_assets_are_resolved(store: Storage) -> None:
+    rows = {row["key"]: row for row in run_shard(store, DoublingStage(), specs(1, 2), {})}
+    path, sha256 = write_data(store, "ingest", b"four", ".txt", folder="assets")
+    spec = ItemSpec("sum", 0, {"doubling": ("key0", "key1")}, {"text": (Asset("asset", sha256, path),)})
+    (summed,) = run_shard(store, SummingStage(), [spec], {"doubling": rows})
+    assert summed["double"] == 2 + 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "retryable"),
+    [
+        (InputError("picture: is\nbad"), "InputError", "picture: is bad", False),
+        (ValueError("oops"), "ValueError", "unexpected ValueError: oops", False),
+        (OSError("bad picture"), "OSError", "unexpected OSError: bad picture", False),
+        (MemoryError(), "MemoryError", "unexpected MemoryError: no message", True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_an_error_of_an_item_is_its_row(
+    store: Storage, error: Exception, kind: str, message: str, retryable: bool
+) -> None:
+    rows = run_shard(store, DoublingStage(), specs(1, error, 3), {})
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    failure = load_catalog(store, "doubling").failure("key1")
+    assert failure is not None
+    assert (failure["error_type"], failure["error"], failure["retryable"]) == (kind, message, retryable)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (StoreError("gone"), StoreError),
+        (WeightsError("altered"), WeightsError),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), StoreError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["store", "weights", "disk full", "interrupt"],
+)
+def test_an_error_of_the_machine_ends_the_shard_but_keeps_what_is_done(
+    store: Storage, error: Any, raised: type[BaseException]
+) -> None:
+    stage = DoublingStage()
+    stage.process = interrupting(stage, error)  # type: ignore[method-assign]
+    with pytest.raises(raised):
+        run_shard(store, stage, specs(1, 2, 3), {})
+    catalog = load_catalog(store, "doubling")
+    assert set(catalog.ok_keys()) == {"key0"}
+    assert not catalog.failed_keys()
+
+
+def interrupting(stage: DoublingStage, error: BaseException) -> Callable[..., Output]:
+    process = stage.process
+
+    def second_item_raises(item: Item, *rest: Any) -> Output:
+        if item.key == "key1":
+            raise error
+        return process(item, *rest)
+
+    return second_item_raises
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3, 5])
+def test_cancelling_keeps_what_is_done(store: Storage, calls: int) -> None:
+    """Each item asks twice whether it is cancelled: before it starts and within."""
+    asked = iter(range(100))
+    with pytest.raises(Cancelled):
+        run_shard(store, DoublingStage(), specs(1, 2, 3), {}, cancelled=lambda: next(asked) >= calls)
+    assert set(load_catalog(store, "doubling").ok_keys()) == {f"key{n}" for n in range(calls // 2)}
+
+
+def test_progress_is_reported_by_key(store: Storage) -> None:
+    told: list[tuple[str, int, int]] = []
+    run_shard(store, DoublingStage(), specs(1), {}, on_progress=lambda *event: told.append(event))
+    assert told == [("key0", 0, 1), ("key0", 1, 2)]
+
+
+def test_a_damaged_input_is_named_by_its_owner(store: Storage, tmp_path: Path) -> None:
+    rows = {row["key"]: row for row in run_shard(store, DoublingStage(), specs(1), {})}
+    flip_byte(tmp_path / "store" / rows["key0"]["data"])
+    with pytest.raises(StoreError) as caught:
+        run_shard(store, SummingStage(), [ItemSpec("sum", 0, {"doubling": ("key0",)})], {"doubling": rows})
+    assert caught.value.keys == ("doubling:key0",)
+    (tmp_path / "store" / rows["key0"]["data"]).unlink()
+    with pytest.raises(StoreError) as caught:
+        run_shard(store, SummingStage(), [ItemSpec("sum", 0, {"doubling": ("key0",)})], {"doubling": rows})
+    assert caught.value.keys == ("doubling:key0",)
+
+
+def test_a_lost_asset_is_named_by_its_ingest_item(store: Storage) -> None:
+    asset = Asset("asset", "0" * 64, "assets/00/absent.png")
+    with pytest.raises(StoreError) as caught:
+        run_shard(store, SummingStage(), [ItemSpec("sum", 0, {}, {"text": (asset,)})], {})
+    assert caught.value.keys == ("ingest:asset",)
+
+
+def test_scratch_is_private_and_does_not_stay(store: Storage) -> None:
+    stage = DoublingStage()
+    run_shard(store, stage, specs(1, 2, ValueError("oops")), {})
+    assert len(set(stage.scratch)) == 3
+    assert not any(path.exists() for path in stage.scratch)
+
+
+def test_models_are_loaded_once_for_the_same_weights(store: Storage) -> None:
+    stage = DoublingStage()
+    stage.name = f"doubling_{os.urandom(4).hex()}"  # models of earlier tests stay loaded
+    run_shard(store, stage, specs(1, 2, 100, 3), {})
+    run_shard(store, stage, specs(4), {})
+    assert stage.loaded == [1, 100]
+
+
+def test_libraries_work_on_one_thread_meanwhile(store: Storage) -> None:
+    stage, before = DoublingStage(), cv2.getNumThreads()
+    run_shard(store, stage, specs(1), {})
+    assert stage.threads == [1]
+    assert cv2.getNumThreads() == before
+
+
+def test_an_empty_shard_writes_nothing(store: Storage) -> None:
+    assert run_shard(store, DoublingStage(), [], {}) == []
+    assert store.list() == {}

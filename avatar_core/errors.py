@@ -43,7 +43,7 @@ class BackendError(AvatarError):
     pass
 
 
-class Cancelled(AvatarError):
+class Cancelled(AvatarError):  # noqa: N818 - an ending, not a fault
     pass
 
 

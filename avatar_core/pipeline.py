@@ -32,7 +32,7 @@ from avatar_core.stages.ingest import IngestStage, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages
 from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import Catalog, drop, load_catalog
-from avatar_core.store.keys import config_values, digest, item_key
+from avatar_core.store.keys import config_values, digest, item_key, new_id
 from avatar_core.store.storage import Storage
 
 MAX_PASSES = 3
@@ -331,7 +331,8 @@ def ingest(
 def _ingest_item(kind: Literal["image", "audio"], uri: str, config: Config) -> ItemSpec:
     settings = ingest_config(kind, config)
     stat = stat_source(uri, source_policy(settings))
-    identity = [stat.uri, str(stat.size), str(stat.version)]
+    # A server that tells no version may serve another file next time: such a source is read every time.
+    identity = [stat.uri, str(stat.size), stat.version or new_id()]
     key = item_key(
         IngestStage.name, IngestStage.version, digest(config_values(settings)), "", {"source": identity}
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import av
 import cv2
-import librosa
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -22,6 +21,7 @@ from avatar_core.backends.preview.contours import contours_from_points
 from avatar_core.backends.preview.motion import make_motion
 from avatar_core.backends.preview.renderer import Renderer
 from avatar_core.backends.preview.visemes import make_visemes
+from avatar_core.media.audio import load_mono
 from avatar_core.media.face import Face, FaceDetector
 from avatar_core.media.image import load_image
 from avatar_core.media.mtcnn import installed_weights
@@ -40,8 +40,8 @@ def main() -> None:
     options = arguments.parse_args()
     cv2.setNumThreads(1)
     picture = load_image(options.picture)
-    speech, _ = librosa.load(options.recording, sr=SAMPLE_RATE, mono=True)
-    make_visemes(speech[:SAMPLE_RATE], SAMPLE_RATE, FPS, FPS)  # imports and compiles what is loaded lazily
+    speech = load_mono(options.recording, SAMPLE_RATE)
+    make_visemes(speech[:SAMPLE_RATE], SAMPLE_RATE, FPS, FPS)
     table = Table("size", "face width", "motion", "set-up", "frames", "encoding", "frames / encoding")
     for width, height, face_share in SCENES:
         table.add_row(

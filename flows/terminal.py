@@ -5,7 +5,16 @@ from typing import Any, Protocol
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -65,6 +74,14 @@ class PlainView:
         self.console.print(Text(text), soft_wrap=True)
 
 
+class RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed or not task.fields["to_do"]:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{speed * 60:.1f}/min")
+
+
 class LiveView:
     """A bar per stage with its failures and the time left; what needs reading scrolls above."""
 
@@ -73,8 +90,9 @@ class LiveView:
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            RateColumn(),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -93,10 +111,11 @@ class LiveView:
         if stage in self._tasks:  # damaged results are being computed again
             self.progress.remove_task(self._tasks[stage])
         self._failed[stage], self._whole[stage], self._cached[stage] = 0, 0, cached
-        self._tasks[stage] = self.progress.add_task(stage, total=max(to_do, 1), note="")
-        if not to_do:
-            self.progress.update(self._tasks[stage], completed=1, total=1)
-        self._show(stage, 0.0)
+        self._tasks[stage] = self.progress.add_task(stage, total=max(to_do, 1), note="", to_do=to_do)
+        if to_do:
+            self._show(stage, 0.0)
+        else:
+            self.progress.update(self._tasks[stage], completed=items, total=items, note="all cached")
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
         self._show(stage, min(done / max(total, 1), 0.99))
@@ -120,8 +139,7 @@ class LiveView:
             notes.append(f"{self._cached[stage]} cached")
         if self._failed[stage]:
             notes.append(f"[red]{self._failed[stage]} failed[/]")
-        task = self.progress.tasks[self.progress.task_ids.index(self._tasks[stage])]
-        completed = task.completed if task.finished else self._whole[stage] + fraction
+        completed = self._whole[stage] + fraction
         self.progress.update(self._tasks[stage], completed=completed, note=", ".join(notes))
 
 

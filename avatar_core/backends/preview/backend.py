@@ -1,7 +1,8 @@
 """The `preview` backend: a procedural talking head. No weights to download, no GPU, any machine.
 
 The picture's own pixels are warped by outlines of mouth and eyes, driven by the formants of the speech. It
-is a draft of the clip, not a neural rendering, and every result says so.
+is a draft of the clip, not a neural rendering, and every result says so. Planning must start fast, so
+what draws and listens (scipy, librosa) is imported by the methods that use it.
 """
 
 import dataclasses
@@ -16,15 +17,6 @@ from pydantic import ConfigDict, Field
 
 from avatar_core import weights
 from avatar_core.backends.base import Picture, ReportStep, Tensors
-from avatar_core.backends.preview.contours import (
-    contours_from_mesh,
-    contours_from_points,
-    contours_from_tensors,
-    contours_to_tensors,
-)
-from avatar_core.backends.preview.motion import Motion, make_motion
-from avatar_core.backends.preview.renderer import Renderer
-from avatar_core.backends.preview.visemes import Visemes, make_visemes
 from avatar_core.media.face import Face
 from avatar_core.media.image import fit_size
 
@@ -98,6 +90,8 @@ class PreviewBackend:
         fps: float,
         num_frames: int,
     ) -> Tensors:
+        from avatar_core.backends.preview.visemes import make_visemes
+
         visemes = [make_visemes(track, sample_rate, fps, num_frames) for track in tracks]
         return {
             name: np.stack([getattr(v, name) for v in visemes]).astype(np.float32)
@@ -105,12 +99,13 @@ class PreviewBackend:
         }
 
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
-        return contours_to_tensors(
-            [
-                contours_from_mesh(picture, face, models) if models else contours_from_points(picture, face)
-                for face in faces
-            ]
-        )
+        from avatar_core.backends.preview import contours
+
+        if models:
+            found = [contours.contours_from_mesh(picture, face, models) for face in faces]
+        else:
+            found = [contours.contours_from_points(picture, face) for face in faces]
+        return contours.contours_to_tensors(found)
 
     def denoise(
         self,
@@ -121,6 +116,9 @@ class PreviewBackend:
         config: Any,
         report: ReportStep,
     ) -> Tensors:
+        from avatar_core.backends.preview.motion import Motion, make_motion
+        from avatar_core.backends.preview.visemes import Visemes
+
         audio = conditions["audio"]
         speakers = [
             make_motion(
@@ -138,6 +136,9 @@ class PreviewBackend:
     def decode(
         self, models: Any, picture: Picture, conditions: Mapping[str, Tensors], config: Any
     ) -> Iterator[Picture]:
+        from avatar_core.backends.preview.contours import contours_from_tensors
+        from avatar_core.backends.preview.renderer import Renderer
+
         renderer = Renderer(picture, contours_from_tensors(conditions["reference"]))
         motion = conditions["denoise"]
         for i in range(motion["blink"].shape[1]):

@@ -1,8 +1,9 @@
 """Mouth, eye and face outlines of one face, in picture pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +127,11 @@ def contours_to_tensors(contours: Sequence[Contours]) -> dict[str, NDArray[np.fl
     return tensors
 
 
-def contours_from_tensors(tensors: dict[str, NDArray[np.float32 | np.uint8]]) -> list[Contours]:
+def contours_from_tensors(tensors: Mapping[str, NDArray[Any]]) -> list[Contours]:
     return [_face_contours(tensors, index) for index in range(len(tensors["source"]))]
 
 
-def _face_contours(tensors: dict[str, NDArray[np.float32 | np.uint8]], index: int) -> Contours:
+def _face_contours(tensors: Mapping[str, NDArray[Any]], index: int) -> Contours:
     curves = {name: tensors[name][index].astype(np.float64) for name in CURVES}
     left, right = (bool(flag) for flag in tensors["eyes_trusted"][index])
     return Contours(

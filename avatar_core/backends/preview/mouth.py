@@ -17,7 +17,7 @@ MAX_GAP = 0.62  # between the lips at mouth_open = 1, in v units
 QUIET = 0.05  # smaller openings are noise of the audio track
 CLOSED_GAP = 0.008
 MOST_LIFT = 0.3  # of the lip line by any field, v units, with some reserve
-TURNED_STIFFNESS = 0.65  # of the movement that a face in profile loses: its outline is not trusted
+TURNED_STIFFNESS = 0.55  # of the movement that a face in profile loses: its outline is not trusted
 
 
 class Mouth:

@@ -7,8 +7,8 @@ Loudness decides how far either goes, and hissing sounds nearly close the teeth.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import librosa
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 from avatar_core.media.envelope import (
@@ -51,7 +51,7 @@ class Visemes:
 def make_visemes(speech: FloatArray, sample_rate: int, fps: float, num_frames: int) -> Visemes:
     """`speech` is mono, float32, of any length."""
     if sample_rate != SAMPLE_RATE:
-        speech = librosa.resample(speech, orig_sr=sample_rate, target_sr=SAMPLE_RATE)
+        speech = soxr.resample(speech, sample_rate, SAMPLE_RATE)
     powers = band_powers(in_pieces(speech), [SPEECH_BAND_HZ, HISS_BAND_HZ])
     total, hiss = powers.T
     envelope = normalised_envelope(total)
@@ -99,9 +99,7 @@ def _lpc_windows(speech: FloatArray) -> Iterator[tuple[int, FloatArray]]:
     for first in range(0, num_steps(len(speech)), BLOCK_STEPS):
         count = min(BLOCK_STEPS, num_steps(len(speech)) - first)
         start, stop = (first - margin) * STEP_SAMPLES, (first + count + margin) * STEP_SAMPLES
-        block = librosa.resample(
-            _padded_slice(speech, start, stop), orig_sr=SAMPLE_RATE, target_sr=LPC_RATE, res_type="soxr_hq"
-        )
+        block = soxr.resample(_padded_slice(speech, start, stop), SAMPLE_RATE, LPC_RATE)
         centred = block[margin * LPC_STEP - LPC_WINDOW // 2 :]
         windows = np.lib.stride_tricks.sliding_window_view(centred, LPC_WINDOW)[::LPC_STEP]
         yield first, windows[:count]
@@ -117,11 +115,8 @@ def _padded_slice(speech: FloatArray, start: int, stop: int) -> FloatArray:
 def _formants_of_windows(windows: FloatArray) -> NDArray[np.float64]:
     """NaN where a window has fewer than two clear resonances. Shape (windows, 2)."""
     emphasised = np.concatenate([windows[:, :1], windows[:, 1:] - 0.97 * windows[:, :-1]], axis=1)
-    dither = 1e-9 * np.random.default_rng(0).standard_normal(windows.shape)  # keeps the recursion regular
-    shaped = emphasised * np.hamming(LPC_WINDOW) + dither
-    coefficients = librosa.lpc(shaped, order=LPC_ORDER, axis=-1)
     companion = np.zeros((len(windows), LPC_ORDER, LPC_ORDER))
-    companion[:, 0, :] = -coefficients[:, 1:]
+    companion[:, 0, :] = _linear_predictor(emphasised * np.hamming(LPC_WINDOW))
     companion[:, np.arange(1, LPC_ORDER), np.arange(LPC_ORDER - 1)] = 1
     roots = np.linalg.eigvals(companion)
     frequency_hz = np.angle(roots) * LPC_RATE / (2 * np.pi)
@@ -130,3 +125,13 @@ def _formants_of_windows(windows: FloatArray) -> NDArray[np.float64]:
     lowest = np.sort(np.where(clear, frequency_hz, np.inf), axis=1)[:, :2]
     lowest[~np.isfinite(lowest).all(axis=1)] = np.nan
     return np.asarray(lowest, np.float64)
+
+
+def _linear_predictor(windows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights (windows, LPC_ORDER) of the samples before, latest first, by the autocorrelation method."""
+    spectrum = np.fft.rfft(windows, 2 * LPC_WINDOW)
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:, : LPC_ORDER + 1]
+    correlation[:, 0] *= 1 + 1e-6  # a trace of white noise keeps the equations regular
+    lags = np.arange(LPC_ORDER)
+    equations = correlation[:, np.abs(lags[:, None] - lags)]
+    return np.asarray(np.linalg.solve(equations, correlation[:, 1:, None])[..., 0], np.float64)

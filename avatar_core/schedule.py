@@ -1,0 +1,489 @@
+"""Which shard a queue runs next. Pure: it is told what ended, and answers `next`.
+
+Items are integers. Inside, they are renumbered to ranks: by stage, and within a stage by the clip that they
+lead to, longest clip first. A stage's ready items are then the READY bytes in its stretch of one bytearray,
+best first, and no Python object exists per item.
+"""
+
+from array import array
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+QueueKind = Literal["cpu", "gpu"]
+
+WAITING, READY, RUNNING, DONE, FAILED, BLOCKED = range(6)
+UNFINISHED = (WAITING, READY, RUNNING)
+
+CHEAP = 0.1
+"""A stage is cheap beside another if its mean item takes at most this part of the other's."""
+SMALLEST_SHARD = 0.125
+"""Towards the end shards shrink to no less than this part of `shard_seconds`: each costs a submission."""
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """`model` names what must be loaded: stages of equal names share it, "" needs nothing."""
+
+    name: str
+    queue: QueueKind
+    model: str
+    seconds_per_work: float
+    max_items: int = 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    id: int
+    stage: str
+    items: tuple[int, ...]
+    queue: str
+    seconds: float
+
+
+class Counts(NamedTuple):
+    """Items of a stage; blocked ones descend from a failed one."""
+
+    waiting: int
+    ready: int
+    running: int
+    done: int
+    failed: int
+    blocked: int
+
+
+class Schedule:
+    """Shards for queues that come, pause and die.
+
+    A queue stays with the models that it holds, and otherwise takes the deepest stage that has something
+    ready: clips are finished rather than stages. Where one process replaces another, remove its queue and
+    add the new one before the next call of `next`: while no gpu queue exists, cpu queues take all stages.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageInfo],
+        stage_of: NDArray[np.integer[Any]],
+        work: NDArray[np.floating[Any]],
+        edges: NDArray[np.integer[Any]],
+        *,
+        shard_seconds: float = 10.0,
+        shards_per_queue: int = 2,
+        models_kept: int = 2,
+        drain_seconds: float = 120.0,
+    ) -> None:
+        """`stages` in depth order; `edges` of shape (m, 2): producer, consumer.
+
+        `drain_seconds`: how long a queue goes on with a stage that is cheap beside a deeper one, before it
+        loads the deeper one's model.
+        """
+        self._graph = _Graph(stages, stage_of, work, edges)
+        self._stages = {stage.info.name: stage for stage in self._graph.stages}
+        self._shard_seconds = shard_seconds
+        self._shards_per_queue = shards_per_queue
+        self._models_kept = models_kept
+        self._drain_seconds = drain_seconds
+        self._queues: dict[str, _Queue] = {}
+        self._shards: dict[int, Shard] = {}
+        self._last_id = 0
+        self._form_teams()
+
+    def add_queue(self, name: str, kind: QueueKind, speed: float = 1.0) -> None:
+        if name in self._queues:
+            raise ValueError(f"queue {name!r} exists already; remove it first")
+        self._queues[name] = _Queue(name, kind, speed)
+        self._form_teams()
+
+    def remove_queue(self, name: str) -> list[int]:
+        """The shards that were put back: what the queue had not ended is ready for others."""
+        put_back = sorted(self._queues[name].shard_ids)
+        for shard_id in put_back:
+            self.give_back(shard_id)
+        del self._queues[name]
+        self._form_teams()
+        return put_back
+
+    def pause(self, name: str) -> None:
+        """No more shards for this queue; those that it has are still awaited."""
+        self._queues[name].paused = True
+        self._form_teams()
+
+    def resume(self, name: str) -> None:
+        self._queues[name].paused = False
+        self._form_teams()
+
+    def next(self, queue_name: str) -> Shard | None:
+        """A shard for this queue, None if it has enough or there is nothing for it now.
+
+        Ask every queue again after each end. A queue that has no shard gets one whenever an item of its
+        kind is ready; one that has may be refused, if the others would be through sooner without it.
+        """
+        queue = self._queues[queue_name]
+        if queue.paused or len(queue.shard_ids) >= self._shards_per_queue:
+            return None
+        stage = self._choose(queue)
+        if stage is None:
+            return None
+        team = self._teams[queue.kind]
+        through_s = team.ready_seconds() / team.speed
+        ranks, seconds = self._pack(stage, queue, through_s)
+        if queue.shard_ids and team.size > 1 and seconds > through_s:
+            return None
+        return self._give(stage, ranks, queue, seconds)
+
+    def ended(self, shard_id: int, failed: Collection[int] = (), again: Collection[int] = ()) -> None:
+        """`failed` items block their descendants, those of `again` are put back, all others are done.
+
+        Nothing happens for a shard that was put back before: a late word of a queue given up for dead.
+        """
+        shard = self._shards.get(shard_id)
+        if shard is None:
+            return
+        lost, open_again = set(failed), set(again)
+        if not (lost | open_again).issubset(shard.items) or lost & open_again:
+            raise ValueError(
+                f"shard {shard_id} of {shard.stage} ended with failed={sorted(lost)} and "
+                f"again={sorted(open_again)}; each must be one of its items, and in one list only"
+            )
+        del self._shards[shard_id]
+        self._queues[shard.queue].shard_ids.discard(shard_id)
+        for item in shard.items:
+            rank = self._graph.rank_of[item]
+            if item in open_again:
+                self._graph.reopen(rank)
+            elif item in lost:
+                self._graph.fail(rank)
+            else:
+                self._graph.finish(rank)
+
+    def give_back(self, shard_id: int) -> None:
+        """The shard was not run: all its items are to do again."""
+        if shard_id in self._shards:
+            self.ended(shard_id, again=self._shards[shard_id].items)
+
+    def add_again(self, items: Iterable[int]) -> None:
+        """Done or failed items are to do once more, and consumers not yet given out wait for them.
+
+        Of consumers that are done nothing is repeated; one that is running may end or be put back.
+        """
+        for item in items:
+            rank = self._graph.rank_of[item]
+            if self._graph.state[rank] in (DONE, FAILED):
+                self._graph.reopen(rank)
+
+    def measured(self, stage: str, seconds: float, work: float, speed: float = 1.0) -> None:
+        """`work` of the stage took `seconds` on a queue of `speed`; replaces the assumed rate."""
+        self._stages[stage].measured_seconds += seconds * speed
+        self._stages[stage].measured_work += work
+
+    @property
+    def finished(self) -> bool:
+        return not any(stage.counts[state] for stage in self._graph.stages for state in UNFINISHED)
+
+    @property
+    def counts(self) -> dict[str, Counts]:
+        return {name: Counts(*stage.counts) for name, stage in self._stages.items()}
+
+    @property
+    def forecast_seconds(self) -> float:
+        """Until all is done by the queues that are there now (by one of speed 1, where none is)."""
+        return max(
+            sum(stage.seconds(*UNFINISHED) for stage in team.stages) / (team.speed or 1.0)
+            for team in self._teams.values()
+        )
+
+    def _form_teams(self) -> None:
+        kinds = {queue.kind for queue in self._queues.values()}
+        deepest_first = sorted(self._graph.stages, key=lambda stage: -stage.level)
+        self._teams: dict[QueueKind, _Team] = {}
+        for kind in ("cpu", "gpu"):
+            stages = [s for s in deepest_first if (s.info.queue if "gpu" in kinds else "cpu") == kind]
+            speeds = [q.speed for q in self._queues.values() if q.kind == kind and not q.paused]
+            self._teams[kind] = _Team(stages, sum(speeds), len(speeds))
+
+    def _choose(self, queue: "_Queue") -> "_Stage | None":
+        """The deepest stage whose model the queue holds or that is worth a load."""
+        ready = [stage for stage in self._teams[queue.kind].stages if stage.counts[READY]]
+        if len(ready) > 1:
+            ready.sort(key=lambda stage: (-stage.level, self._graph.first_clip(stage)))
+        for index, stage in enumerate(ready):
+            if queue.holds(stage.info.model) or not self._waits(stage, ready[index + 1 :], queue):
+                return stage
+        return None
+
+    def _waits(self, stage: "_Stage", others: Sequence["_Stage"], queue: "_Queue") -> bool:
+        """Whether the model of `stage` is not loaded yet because of what `others` have ready.
+
+        A load must pay: where the queue can go on with what it holds, for a full shard only; and what is
+        cheap (text, reference) is drained before what is costly (denoise), rather than taken in turns.
+        """
+        full = stage.counts[READY] >= stage.ramp or stage.seconds(READY) >= self._shard_seconds * queue.speed
+        if not full and any(queue.holds(other.info.model) for other in others):
+            return True
+        return queue.seconds_since_load < self._drain_seconds and any(
+            other.level < stage.level and other.item_seconds <= CHEAP * stage.item_seconds for other in others
+        )
+
+    def _pack(self, stage: "_Stage", queue: "_Queue", through_s: float) -> tuple[list[int], float]:
+        """The best ready items, about `shard_seconds` of them, less when all queues are `through_s` soon."""
+        limit_s = self._shard_seconds
+        if self._teams[queue.kind].size > 1:
+            limit_s = min(limit_s, max(through_s / self._shards_per_queue, SMALLEST_SHARD * limit_s))
+        seconds_per_work = stage.seconds_per_work / queue.speed
+        ranks: list[int] = []
+        total_s = 0.0
+        for rank in self._graph.ready(stage, stage.ramp):
+            seconds = self._graph.work[rank] * seconds_per_work
+            if ranks and total_s + seconds > limit_s:
+                break
+            ranks.append(rank)
+            total_s += seconds
+        return ranks, total_s
+
+    def _give(self, stage: "_Stage", ranks: Sequence[int], queue: "_Queue", seconds: float) -> Shard:
+        for rank in ranks:
+            self._graph.move(rank, RUNNING)
+        stage.ramp = min(2 * stage.ramp, stage.info.max_items)
+        queue.use(stage.info.model, seconds, self._models_kept)
+        self._last_id += 1
+        items = tuple(self._graph.item_at[rank] for rank in ranks)
+        shard = Shard(self._last_id, stage.info.name, items, queue.name, seconds)
+        self._shards[shard.id] = shard
+        queue.shard_ids.add(shard.id)
+        return shard
+
+
+@dataclass
+class _Queue:
+    name: str
+    kind: QueueKind
+    speed: float
+    paused: bool = False
+    shard_ids: set[int] = field(default_factory=set)
+    models: list[str] = field(default_factory=list)  # least recently used first
+    seconds_since_load: float = 0.0
+
+    def holds(self, model: str) -> bool:
+        return not model or model in self.models
+
+    def use(self, model: str, seconds: float, kept: int) -> None:
+        if not self.holds(model):
+            self.seconds_since_load = 0.0
+        self.seconds_since_load += seconds
+        if model:
+            self.models = [*(other for other in self.models if other != model), model][-kept:]
+
+
+@dataclass
+class _Team:
+    """The queues of one kind that are not paused, and the stages that they run, deepest first."""
+
+    stages: "list[_Stage]"
+    speed: float
+    size: int
+
+    def ready_seconds(self) -> float:
+        return sum(stage.seconds(READY) for stage in self.stages)
+
+
+class _Stage:
+    """`counts` and `work` are indexed by state; `level` is the length of the longest chain of stages above."""
+
+    def __init__(self, info: StageInfo, level: int, first_rank: int, work: NDArray[np.float64]) -> None:
+        self.info = info
+        self.level = level
+        self.end_rank = first_rank + len(work)
+        self.first_ready = self.end_rank  # no ready rank is smaller
+        self.counts = [len(work), 0, 0, 0, 0, 0]
+        self.work = [float(work.sum()), 0.0, 0.0, 0.0, 0.0, 0.0]
+        self.mean_work = float(work.mean()) if len(work) else 0.0
+        self.ramp = 1  # items of the next shard at most: 1, 2, 4, ... so that the first clip is early
+        self.measured_seconds = 0.0
+        self.measured_work = 0.0
+
+    @property
+    def seconds_per_work(self) -> float:
+        return (
+            self.measured_seconds / self.measured_work if self.measured_work else self.info.seconds_per_work
+        )
+
+    @property
+    def item_seconds(self) -> float:
+        return self.mean_work * self.seconds_per_work
+
+    def seconds(self, *states: int) -> float:
+        return sum(self.work[state] for state in states) * self.seconds_per_work
+
+
+class _Graph:
+    """The states of all items, by rank.
+
+    Held at all times: `unmet` counts an item's inputs that are not DONE, `lost` those FAILED or BLOCKED.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageInfo],
+        stage_of: NDArray[np.integer[Any]],
+        work: NDArray[np.floating[Any]],
+        edges: NDArray[np.integer[Any]],
+    ) -> None:
+        edges = np.asarray(edges, np.intc).reshape(-1, 2)
+        seconds_per_work = np.array([info.seconds_per_work for info in stages], np.float64)
+        clips = _clips(work * seconds_per_work[stage_of], edges)
+        by_rank = np.lexsort((clips, stage_of))
+        ranks = np.empty(len(by_rank), np.intc)
+        ranks[by_rank] = np.arange(len(by_rank), dtype=np.intc)
+        starts, consumers = _adjacency(ranks[edges], len(ranks))
+        unmet = np.bincount(consumers, minlength=len(ranks))
+
+        self.rank_of, self.item_at = _integers(ranks), _integers(by_rank)
+        self.work = array("d", work[by_rank].astype(np.float64).tobytes())
+        self.state = bytearray(len(ranks))
+        self.stages = _tallies(stages, stage_of[by_rank], np.asarray(self.work), stage_of[edges])
+        self._stage_at = _integers(stage_of[by_rank])
+        self._clip_at = _integers(clips[by_rank])
+        self._starts, self._consumers = _integers(starts), _integers(consumers)
+        self._unmet, self._lost = _integers(unmet), _integers(np.zeros_like(unmet))
+        for rank in np.flatnonzero(unmet == 0).tolist():
+            self.move(rank, READY)
+
+    def ready(self, stage: _Stage, limit: int) -> Iterable[int]:
+        rank = stage.first_ready - 1
+        for _ in range(limit):
+            rank = self.state.find(READY, rank + 1, stage.end_rank)
+            if rank < 0:
+                return
+            yield rank
+
+    def first_clip(self, stage: _Stage) -> int:
+        """The place of the first clip that waits for a ready item of the stage."""
+        stage.first_ready = self.state.find(READY, stage.first_ready, stage.end_rank)
+        return self._clip_at[stage.first_ready]
+
+    def move(self, rank: int, state: int) -> None:
+        stage, before, work = self.stages[self._stage_at[rank]], self.state[rank], self.work[rank]
+        if state == READY:
+            stage.first_ready = min(stage.first_ready, rank) if stage.counts[READY] else rank
+        self.state[rank] = state
+        stage.counts[before] -= 1
+        stage.counts[state] += 1
+        stage.work[before] = stage.work[before] - work if stage.counts[before] else 0.0
+        stage.work[state] += work
+
+    def finish(self, rank: int) -> None:
+        self.move(rank, DONE)
+        for consumer in self._consumers_of(rank):
+            self._unmet[consumer] -= 1
+            if self.state[consumer] == WAITING and not self._unmet[consumer]:
+                self.move(consumer, READY)
+
+    def fail(self, rank: int) -> None:
+        self.move(rank, FAILED)
+        self._spread_loss(rank)
+
+    def reopen(self, rank: int) -> None:
+        """A running, done or failed item is to do again, as soon as its inputs allow."""
+        before = self.state[rank]
+        if before == DONE:
+            self._withdraw(rank)
+        self.move(rank, BLOCKED if self._lost[rank] else WAITING if self._unmet[rank] else READY)
+        if self.state[rank] == BLOCKED and before != FAILED:
+            self._spread_loss(rank)
+        elif self.state[rank] != BLOCKED and before == FAILED:
+            self._take_back_loss(rank)
+
+    def _consumers_of(self, rank: int) -> "array[int]":
+        return self._consumers[self._starts[rank] : self._starts[rank + 1]]
+
+    def _withdraw(self, rank: int) -> None:
+        for consumer in self._consumers_of(rank):
+            self._unmet[consumer] += 1
+            if self.state[consumer] == READY:
+                self.move(consumer, WAITING)
+
+    def _spread_loss(self, rank: int) -> None:
+        lost = [rank]
+        while lost:
+            for consumer in self._consumers_of(lost.pop()):
+                self._lost[consumer] += 1
+                if self.state[consumer] == WAITING:
+                    self.move(consumer, BLOCKED)
+                    lost.append(consumer)
+
+    def _take_back_loss(self, rank: int) -> None:
+        found = [rank]
+        while found:
+            for consumer in self._consumers_of(found.pop()):
+                self._lost[consumer] -= 1
+                if self.state[consumer] == BLOCKED and not self._lost[consumer]:
+                    self.move(consumer, WAITING)
+                    found.append(consumer)
+
+
+def _tallies(
+    infos: Sequence[StageInfo],
+    stage_of_rank: NDArray[np.integer[Any]],
+    work: NDArray[np.float64],
+    stage_edges: NDArray[np.integer[Any]],
+) -> list[_Stage]:
+    levels = [0] * len(infos)
+    for above, below in np.unique(stage_edges, axis=0).tolist():
+        if above > below:
+            raise ValueError(f"{infos[below].name} follows {infos[above].name}: give stages in depth order")
+        if above < below:
+            levels[below] = max(levels[below], levels[above] + 1)
+    bounds = np.searchsorted(stage_of_rank, np.arange(len(infos) + 1)).tolist()
+    return [
+        _Stage(info, level, first, work[first:end])
+        for info, level, first, end in zip(infos, levels, bounds, bounds[1:], strict=False)
+    ]
+
+
+def _clips(seconds: NDArray[np.float64], edges: NDArray[np.intc]) -> NDArray[np.intc]:
+    """For each item the first clip that it leads to: clips are the final items, longest path first."""
+    count = len(seconds)
+    starts, consumers = _adjacency(edges, count)
+    unmet = np.bincount(consumers, minlength=count)
+    path_seconds = seconds.astype(np.float64)
+    waves: list[tuple[NDArray[np.intc], NDArray[np.intc]]] = []
+    wave, seen = np.flatnonzero(unmet == 0), 0
+    while wave.size:
+        seen += wave.size
+        producers, targets = _edges_of(wave, starts, consumers)
+        np.maximum.at(path_seconds, targets, path_seconds[producers] + seconds[targets])
+        np.subtract.at(unmet, targets, 1)
+        waves.append((producers, targets))
+        wave = np.unique(targets[unmet[targets] == 0])
+    if seen < count:
+        raise ValueError(f"{count - seen} of {count} items can never start: they wait for each other")
+    finals = np.flatnonzero(np.diff(starts) == 0)
+    clips = np.full(count, count, np.intc)
+    clips[finals[np.argsort(-path_seconds[finals], kind="stable")]] = np.arange(finals.size)
+    for producers, targets in reversed(waves):
+        np.minimum.at(clips, producers, clips[targets])
+    return clips
+
+
+def _adjacency(edges: NDArray[np.intc], count: int) -> tuple[NDArray[np.intc], NDArray[np.intc]]:
+    """CSR: the consumers of item i are consumers[starts[i] : starts[i + 1]]."""
+    starts = np.zeros(count + 1, np.intc)
+    np.cumsum(np.bincount(edges[:, 0], minlength=count), out=starts[1:])
+    return starts, edges[np.argsort(edges[:, 0], kind="stable"), 1]
+
+
+def _edges_of(
+    items: NDArray[np.intp], starts: NDArray[np.intc], consumers: NDArray[np.intc]
+) -> tuple[NDArray[np.intc], NDArray[np.intc]]:
+    """Producer and consumer of every edge that leaves `items`."""
+    lengths = starts[items + 1] - starts[items]
+    before = np.cumsum(lengths) - lengths
+    positions = np.arange(lengths.sum()) + np.repeat(starts[items] - before, lengths)
+    return np.repeat(items, lengths).astype(np.intc), consumers[positions]
+
+
+def _integers(values: NDArray[np.integer[Any]]) -> "array[int]":
+    return array("i", values.astype(np.intc).tobytes())

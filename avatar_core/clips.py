@@ -7,12 +7,15 @@ that need the same picture or recording share its items, because their keys are 
 import dataclasses
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from slugify import slugify
 
 from avatar_core import weights
@@ -27,9 +30,22 @@ from avatar_core.stages.decode import DecodeStageConfig
 from avatar_core.stages.denoise import DenoiseStageConfig
 from avatar_core.stages.face import FaceStageConfig
 from avatar_core.stages.reference import ReferenceStageConfig
-from avatar_core.store.keys import canonical_json, config_values, derive_seed, digest, item_key
+from avatar_core.store.keys import (
+    canonical_json,
+    config_values,
+    derive_seed,
+    digest,
+    item_key,
+    row_content,
+)
 
 MAX_NAME_BYTES = 120
+RECENT = 4096  # items kept for the rows that follow
+STAGES = ("face", "audio", "reference", "denoise", "decode")
+"""Stages after ingest, in the order in which they run."""
+
+_KEY = np.dtype("S32")
+_NO_KEY = bytes(32)
 SOUND_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 
@@ -55,9 +71,69 @@ class Clip:
     error: str | None = None
 
 
+class Clips(Sequence[Clip]):
+    """All clips of a batch, in columns of some 200 bytes a clip; a `Clip` is built when it is asked for."""
+
+    def __init__(self, builder: "ClipBuilder", rows: Sequence[TableRow], names: Sequence[str]) -> None:
+        """`names` holds the clip name of each row."""
+        self._builder = builder
+        self._rows = rows
+        self._names = names
+        self._row = array("l")
+        self._nth = array("l")
+        self._errors: dict[int, str] = {}
+        keys: dict[str, bytearray] = {stage: bytearray() for stage in STAGES}
+        for position, row in enumerate(rows):
+            for nth, clip in enumerate(builder.clips(row, names[position])):
+                if clip.error is not None:
+                    self._errors[len(self._row)] = clip.error
+                for stage in STAGES:
+                    keys[stage] += bytes.fromhex(clip.items[stage].key) if clip.items else _NO_KEY
+                self._row.append(position)
+                self._nth.append(nth)
+        self._keys = {stage: np.frombuffer(column, _KEY) for stage, column in keys.items()}
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, index: int) -> Clip: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Clip]: ...
+
+    def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = self._row[index]
+        return self._builder.clips(self._rows[position], self._names[position])[self._nth[index]]
+
+    def keys(self, stage: str) -> NDArray[np.bytes_]:
+        """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected.
+
+        numpy hides trailing zero bytes when it gives out an element; `key` does not.
+        """
+        return self._keys[stage]
+
+    def key(self, stage: str, index: int) -> str:
+        return self._keys[stage][index].ljust(32, b"\0").hex()
+
+    @property
+    def rows(self) -> Sequence[TableRow]:
+        return self._rows
+
+    @property
+    def rejected(self) -> Mapping[int, str]:
+        """Reasons by clip index."""
+        return self._errors
+
+
 class ClipBuilder:
-    """Builds the clips of a batch. `sources` maps each picture and recording of the table, as written
-    there, to what ingest made of it."""
+    """Builds the clips of a batch. `sources` maps `<column>:<uri>` of each picture and recording, as the
+    table names it, to what ingest made of it.
+
+    Building is pure, and quick enough to be done again whenever a clip is looked at.
+    """
 
     def __init__(
         self, config: Config, backend: Backend, stages: Mapping[str, Stage], sources: Mapping[str, Source]
@@ -66,20 +142,22 @@ class ClipBuilder:
         self.backend = backend
         self.stages = stages
         self.sources = sources
-        # Equal configurations, fingerprints and overrides recur in every row.
-        self._config_digest = cache(lambda config: digest(config_values(config)))
+        # Neighbouring rows share pictures, recordings and options.
+        self._settings = lru_cache(RECENT)(self._backend_settings)
+        self._face = lru_cache(RECENT)(self._face_item)
+        self._audio = lru_cache(RECENT)(self._audio_item)
+        self._reference = lru_cache(RECENT)(self._reference_item)
+        self._digest = lru_cache(RECENT)(lambda config: digest(config_values(config)))
         self._fingerprint = cache(self._weights_fingerprint)
-        self._settings_of = cache(self._backend_settings)
-        self._shared: dict[str, ItemSpec] = {}
 
-    def clips(self, row: TableRow, name: str) -> Iterator[Clip]:
+    def clips(self, row: TableRow, name: str) -> list[Clip]:
         """All takes and parts of a row; a single rejected clip if something is wrong with it."""
         try:
             if row.error:
                 raise InputError(row.error)
-            yield from self._takes(row, name)
+            return list(self._takes(row, name))
         except InputError as error:
-            yield Clip(row, name, error=str(error))
+            return [Clip(row, name, error=str(error))]
 
     def _takes(self, row: TableRow, name: str) -> Iterator[Clip]:
         segments = self._segments(row)
@@ -88,79 +166,95 @@ class ClipBuilder:
             take_seed = seed if take == 0 else derive_seed(seed, take)
             for part, segment in enumerate(segments):
                 part_seed = take_seed if part == 0 else derive_seed(take_seed, "part", part)
-                yield Clip(
-                    row,
-                    _numbered(name, take, part if len(segments) > 1 else None),
-                    take,
-                    part,
-                    part_seed,
-                    self._items(row, segment, part_seed),
-                )
+                part_name = _numbered(name, take, part if len(segments) > 1 else None)
+                items = self._items(row, segment, part_seed)
+                yield Clip(row, part_name, take, part, part_seed, items)
 
     def _items(self, row: TableRow, segment: Segment, seed: int) -> dict[str, ItemSpec]:
-        config, settings = self.config, self._settings_of(canonical_json(dict(row.params)))
-        image = self._source(row.image, "image")
-        recordings = [self._source(uri, "audio") for uri in _recordings(row)]
-        assets = {"image": (image.asset,), "audio": tuple(r.asset for r in recordings)}
-        picture = {"image": assets["image"]}
-        fps = row.fps or config.video.fps
-        sample_rate, channels = _sound_format(recordings)
-        build = partial(self._item, fps=fps, seconds=segment.duration_s)
+        params = canonical_json(dict(row.params)) if row.params else "{}"
+        recordings = _recordings(row)
+        fps = row.fps or self.config.video.fps
+        face = self._face(row.image)
+        audio = self._audio(recordings, segment, fps, params)
+        reference = self._reference(row.image, len(recordings), row.bbox or (), params)
 
-        face_config = FaceStageConfig(config.face.min_face, config.input.max_pixels, config.input.min_side)
-        audio_config = AudioStageConfig(segment, fps, config.audio.silence_db, settings.get("audio"))
-        reference_config = ReferenceStageConfig(
-            max_side=config.video.max_side,
-            speakers=len(recordings),
-            boxes=row.bbox or (),
-            rule=config.face.rule,
-            required=config.face.required,
-            backend=settings.get("reference"),
+        settings = self._settings(params)
+        denoise_config = DenoiseStageConfig(fps, settings.get("denoise"), seed)
+        denoise = self._item(
+            "denoise", denoise_config, {"audio": audio, "reference": reference}, seed=seed, work=audio.work
         )
-        denoise_config = DenoiseStageConfig(seed, fps, settings.get("denoise"))
-        decode_config = DecodeStageConfig(
+        decode_config = self._decode_config(recordings, segment, fps, settings.get("decode"))
+        assets = {**reference.assets, **audio.assets}
+        inputs = {"reference": reference, "denoise": denoise}
+        decode = self._item("decode", decode_config, inputs, assets, work=audio.work)
+        return {"face": face, "audio": audio, "reference": reference, "denoise": denoise, "decode": decode}
+
+    def _face_item(self, image: str) -> ItemSpec:
+        limits = self.config.input
+        config = FaceStageConfig(self.config.face.min_face, limits.max_pixels, limits.min_side)
+        return self._item("face", config, assets={"image": (self._asset(image, "image"),)})
+
+    def _audio_item(self, recordings: tuple[str, ...], segment: Segment, fps: float, params: str) -> ItemSpec:
+        settings = self._settings(params).get("audio")
+        config = AudioStageConfig(segment, fps, self.config.audio.silence_db, settings)
+        assets = {"audio": tuple(self._asset(uri, "audio") for uri in recordings)}
+        return self._item("audio", config, assets=assets, work=segment.duration_s)
+
+    def _reference_item(
+        self, image: str, speakers: int, boxes: tuple[tuple[float, ...], ...], params: str
+    ) -> ItemSpec:
+        config = ReferenceStageConfig(
+            max_side=self.config.video.max_side,
+            speakers=speakers,
+            boxes=boxes,
+            rule=self.config.face.rule,
+            required=self.config.face.required,
+            backend=self._settings(params).get("reference"),
+        )
+        face = self._face(image)
+        return self._item("reference", config, {"face": face}, face.assets)
+
+    def _decode_config(
+        self, recordings: tuple[str, ...], segment: Segment, fps: float, settings: Any
+    ) -> DecodeStageConfig:
+        sample_rate, channels = _sound_format([self._source(uri, "audio") for uri in recordings])
+        video = self.config.video
+        return DecodeStageConfig(
             segment=segment,
             fps=fps,
-            max_side=config.video.max_side,
+            max_side=video.max_side,
             sample_rate=sample_rate,
             channels=channels,
             num_frames=self.backend.num_frames(segment.duration_s, fps),
-            crf=config.video.crf,
-            x264_preset=config.video.x264_preset,
-            config_digest="",
-            backend=settings.get("decode"),
+            crf=video.crf,
+            x264_preset=video.x264_preset,
+            backend=settings,
         )
-        configs = (face_config, audio_config, reference_config, denoise_config, decode_config)
-        provenance = digest([self.backend.name, *map(self._config_digest, configs)])
-        decode_config = dataclasses.replace(decode_config, config_digest=provenance)
-
-        face = build("face", face_config, assets=picture)
-        audio = build("audio", audio_config, assets={"audio": assets["audio"]})
-        reference = build("reference", reference_config, {"face": face}, picture)
-        denoise = build("denoise", denoise_config, {"audio": audio, "reference": reference})
-        decode = build("decode", decode_config, {"reference": reference, "denoise": denoise}, assets)
-        return {"face": face, "audio": audio, "reference": reference, "denoise": denoise, "decode": decode}
 
     def _item(
         self,
         name: str,
         config: Any,
         inputs: Mapping[str, ItemSpec] | None = None,
-        assets: Mapping[str, tuple[Any, ...]] | None = None,
+        assets: Mapping[str, tuple[Asset, ...]] | None = None,
         *,
-        fps: float,
-        seconds: float,
+        seed: int | None = None,
+        work: float = 1.0,
     ) -> ItemSpec:
         stage = self.stages[name]
         keys = {stage_name: (spec.key,) for stage_name, spec in (inputs or {}).items()}
-        hashes = {column: tuple(a.sha256 for a in values) for column, values in (assets or {}).items()}
+        consumed = keys | {column: tuple(a.sha256 for a in found) for column, found in (assets or {}).items()}
+        if seed is not None:
+            consumed["seed"] = (str(seed),)
         owner = f"{name}/{self.backend.name}" if name in self.backend.versions else name
         fingerprint = self._fingerprint(stage.weights(config))
-        key = item_key(owner, stage.version, self._config_digest(config), fingerprint, {**keys, **hashes})
-        if key not in self._shared:
-            work = seconds if name in ("audio", "denoise", "decode") else 1.0
-            self._shared[key] = ItemSpec(key, config, keys, assets or {}, work)
-        return self._shared[key]
+        key = item_key(owner, stage.version, self._digest(config), fingerprint, consumed)
+        return ItemSpec(key, config, keys, assets or {}, work)
+
+    def _asset(self, uri: str, column: str) -> Asset:
+        asset = self._source(uri, column).asset
+        assert asset is not None
+        return asset
 
     def _source(self, uri: str, column: str) -> Source:
         source = self.sources[f"{column}:{uri}"]
@@ -171,21 +265,21 @@ class ClipBuilder:
     def _segments(self, row: TableRow) -> list[Segment]:
         self._source(row.image, "image")
         durations = [self._source(uri, "audio").columns["duration_s"] for uri in _recordings(row)]
-        if row.bbox and len(row.bbox) != len(durations):
-            raise InputError(
-                f"column `bbox` has {len(row.bbox)} box(es) but the row has {len(durations)} recording(s): "
-                "give one box per speaker"
-            )
-        combine: Any = (row.audio_type or "para") if row.audio_2 else None
-        return cut(
-            combined_duration_s(durations, combine), combine, self.config, row.fps or self.config.video.fps
-        )
-
-    def _content(self, row: TableRow) -> list[Any]:
-        hashes = [self._source(row.image, "image").asset.sha256]  # type: ignore[union-attr]
-        hashes += [self._source(uri, "audio").asset.sha256 for uri in _recordings(row)]  # type: ignore[union-attr]
+        combine: Any = row.audio_type if row.audio_2 else None
         fps = row.fps or self.config.video.fps
-        return [hashes, row.prompt, row.negative_prompt, fps, row.audio_type, row.bbox, dict(row.params)]
+        return cut(combined_duration_s(durations, combine), combine, self.config, fps)
+
+    def _content(self, row: TableRow) -> str:
+        return row_content(
+            pictures=[self._asset(row.image, "image").sha256],
+            recordings=[self._asset(uri, "audio").sha256 for uri in _recordings(row)],
+            prompt=row.prompt,
+            negative_prompt=row.negative_prompt,
+            fps=row.fps or self.config.video.fps,
+            audio_type=row.audio_type,
+            bbox=row.bbox,
+            params=row.params,
+        )
 
     def _backend_settings(self, params: str) -> dict[str, Any]:
         """The backend's configuration by stage, after a row's `params` (canonical JSON)."""
@@ -275,8 +369,8 @@ def _stem(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2].rpartition(".")[0] or uri.rpartition("/")[2]
 
 
-def _recordings(row: TableRow) -> list[str]:
-    return [row.audio, row.audio_2] if row.audio_2 else [row.audio]
+def _recordings(row: TableRow) -> tuple[str, ...]:
+    return (row.audio, row.audio_2) if row.audio_2 else (row.audio,)
 
 
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:

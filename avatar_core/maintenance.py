@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from avatar_core.clips import STAGES
 from avatar_core.errors import StoreError
-from avatar_core.plan import STAGES
 from avatar_core.runs import find_run, list_runs, read_plan
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc

@@ -17,12 +17,12 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from avatar_core.backends.base import Backend, create_backend
-from avatar_core.clips import Clip, ClipBuilder, Source, clip_names, slug
+from avatar_core.clips import STAGES, ClipBuilder, Clips, Source, clip_names, slug
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError, StoreError
 from avatar_core.media.source import stat_source
 from avatar_core.media.table import TableRow, parse_rows, read_table, resolve_uri
-from avatar_core.plan import STAGES, StagePlan, make_plan, shards
+from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish
 from avatar_core.run import run_shard
@@ -99,7 +99,7 @@ class Batch:
     storage: Storage
     backend: Backend
     stages: dict[str, Stage]
-    clips: list[Clip]
+    clips: Clips
     results: dict[str, StageResults]
 
     def plan(self) -> dict[str, StagePlan]:
@@ -146,7 +146,7 @@ def open_batch(
     results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
     sources = ingest(storage, [row for row, _ in selected], config, results["ingest"], observer, cancelled)
     builder = ClipBuilder(config, backend, stages, sources)
-    clips = [clip for row, name in selected for clip in builder.clips(row, name)]
+    clips = Clips(builder, [row for row, _ in selected], [name for _, name in selected])
     batch = Batch(config, batch_name(config), storage, backend, stages, clips, results)
     _drop_lost_videos(batch)
     return batch
@@ -415,7 +415,8 @@ def _forget(batch: Batch, owners: Iterable[str]) -> None:
 def _drop_lost_videos(batch: Batch) -> None:
     """A finished video that is gone, or has another size, is rendered again."""
     results = batch.results["decode"]
-    keys = [clip.items["decode"].key for clip in batch.clips if clip.items]
+    clips = batch.clips
+    keys = (clips.key("decode", i) for i in range(len(clips)) if i not in clips.rejected)
     finished = list(dict.fromkeys(key for key in keys if results.has(key)))
     if not finished:
         return

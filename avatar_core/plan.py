@@ -6,14 +6,14 @@ results that were cleaned away cost nothing once the videos exist.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
-from avatar_core.clips import Clip
+import numpy as np
+from numpy.typing import NDArray
+
+from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import InputError
 from avatar_core.stages.base import ItemSpec
-
-STAGES = ("face", "audio", "reference", "denoise", "decode")
-"""Stages after ingest, in the order in which they run; a backend leaves out what it does not need."""
 
 
 class Results(Protocol):
@@ -28,6 +28,29 @@ class Results(Protocol):
     def failure(self, key: str) -> Mapping[str, Any] | None: ...
 
 
+class Items(Sequence[ItemSpec]):
+    """Items of one stage, each built when it is asked for; `indices` are clips that need one each."""
+
+    def __init__(self, clips: Clips, stage: str, indices: NDArray[np.intp]) -> None:
+        self._clips = clips
+        self._stage = stage
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> ItemSpec: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Items": ...
+
+    def __getitem__(self, index: int | slice) -> "ItemSpec | Items":
+        if isinstance(index, slice):
+            return Items(self._clips, self._stage, self._indices[index])
+        return self._clips[int(self._indices[index])].items[self._stage]
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """`cached` of the `items` that all clips need together are in the store; `to_do` are missing and
@@ -35,7 +58,7 @@ class StagePlan:
 
     items: int
     cached: int
-    to_do: tuple[ItemSpec, ...]
+    to_do: Items
 
 
 @dataclass(frozen=True)
@@ -46,25 +69,54 @@ class Failure:
 
 
 def make_plan(
-    clips: Sequence[Clip], results: Mapping[str, Results], *, retry_failed: bool = False
+    clips: Clips, results: Mapping[str, Results], *, retry_failed: bool = False
 ) -> dict[str, StagePlan]:
     """What is left to do, by stage in running order."""
-    wanted: dict[str, dict[str, ItemSpec]] = {stage: {} for stage in STAGES}
-    seen: dict[str, set[str]] = {stage: set() for stage in STAGES}
-    for clip in clips:
-        for stage, spec in clip.items.items():
-            seen[stage].add(spec.key)
-        if clip.items and (retry_failed or first_failure(clip, results, lasting=True) is None):
-            _pull(clip, "decode", results, wanted)
-    return {
-        stage: StagePlan(
-            items=len(keys),
-            cached=sum(map(results[stage].has, keys)),
-            to_do=tuple(wanted[stage].values()),
-        )
-        for stage, keys in seen.items()
-        if keys
-    }
+    accepted = np.ones(len(clips), bool)
+    accepted[list(clips.rejected)] = False
+    if not accepted.any():
+        return {}
+    columns = {stage: _StageColumn(clips, stage, accepted, results[stage]) for stage in STAGES}
+    blocked = np.zeros(len(clips), bool)
+    if not retry_failed:
+        for column in columns.values():
+            blocked |= column.failed
+    wanted = {stage: np.zeros(len(clips), bool) for stage in STAGES}
+    wanted["decode"] = accepted & ~blocked
+    inputs = {stage: spec.inputs for stage, spec in clips[int(accepted.argmax())].items.items()}
+    plan: dict[str, StagePlan] = {}
+    for stage in reversed(STAGES):
+        missing = wanted[stage] & ~columns[stage].ok
+        for upstream in inputs[stage]:
+            wanted[upstream] |= missing
+        plan[stage] = columns[stage].plan(clips, stage, missing)
+    return {stage: plan[stage] for stage in STAGES}
+
+
+class _StageColumn:
+    """What is known of each clip's item of one stage: `ok` and `failed` (for good), shape (clips,)."""
+
+    def __init__(self, clips: Clips, stage: str, accepted: NDArray[np.bool_], results: Results) -> None:
+        keys, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
+        used = accepted[first]
+        names = [
+            clips.key(stage, int(index)) if index_used else ""
+            for index, index_used in zip(first, used, strict=True)
+        ]
+        ok = np.array([bool(name) and results.has(name) for name in names], bool)
+        failed = np.array([_failed_for_good(name, results) for name in names], bool) & ~ok
+        self._first = first
+        self._items, self._cached = int(used.sum()), int(ok.sum())
+        self.ok, self.failed = ok[self._item], failed[self._item]
+
+    def plan(self, clips: Clips, stage: str, missing: NDArray[np.bool_]) -> StagePlan:
+        items = np.unique(self._item[missing])
+        return StagePlan(self._items, self._cached, Items(clips, stage, np.sort(self._first[items])))
+
+
+def _failed_for_good(key: str, results: Results) -> bool:
+    row = results.failure(key) if key else None
+    return row is not None and not row["retryable"]
 
 
 def first_failure(clip: Clip, results: Mapping[str, Results], *, lasting: bool = False) -> Failure | None:
@@ -81,17 +133,6 @@ def first_failure(clip: Clip, results: Mapping[str, Results], *, lasting: bool =
         if row is not None and not (lasting and row["retryable"]):
             return Failure(stage, row["error_type"], row["error"])
     return None
-
-
-def _pull(
-    clip: Clip, stage: str, results: Mapping[str, Results], wanted: Mapping[str, dict[str, ItemSpec]]
-) -> None:
-    spec = clip.items[stage]
-    if spec.key in wanted[stage] or results[stage].has(spec.key):
-        return
-    wanted[stage][spec.key] = spec
-    for upstream in spec.inputs:
-        _pull(clip, upstream, results, wanted)
 
 
 def shards(

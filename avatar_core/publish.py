@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avatar_core.clips import Clip
+from avatar_core.clips import STAGES, Clip
 from avatar_core.errors import StoreError
-from avatar_core.plan import STAGES, Results, first_failure
+from avatar_core.plan import Results, first_failure
 from avatar_core.progress import Observer
 from avatar_core.store.storage import Storage
 

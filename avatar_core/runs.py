@@ -4,7 +4,6 @@ import io
 import json
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from avatar_core.clips import Clip
+from avatar_core.clips import STAGES, Clips
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
-from avatar_core.plan import STAGES
 from avatar_core.store.storage import Storage
 
 _RUN_ID = re.compile(r"(?P<name>.+)-\d{8}T\d{6}Z-[0-9a-f]{4}")
@@ -28,9 +26,7 @@ class Run:
     config: dict[str, Any]
 
 
-def write_run(
-    storage: Storage, name: str, config: Config, backend: dict[str, Any], clips: Sequence[Clip]
-) -> str:
+def write_run(storage: Storage, name: str, config: Config, backend: dict[str, Any], clips: Clips) -> str:
     """Record a run and return its id. `backend` has every `auto` settled, as the run uses it."""
     run_id = f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     values = {**to_dict(config), "name": name, "backend": backend}
@@ -71,36 +67,26 @@ def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/plan.parquet")))
 
 
-def _rows(clips: Sequence[Clip]) -> pd.DataFrame:
-    rows = {clip.row.index: clip.row for clip in clips}
-    return pd.DataFrame(
-        {
-            "row": list(rows),
-            "values": [
-                json.dumps(dict(row.source), default=str, ensure_ascii=False) for row in rows.values()
-            ],
-        }
-    )
+def _rows(clips: Clips) -> pd.DataFrame:
+    """The table as it was read: a JSON object of each row's columns."""
+    values = [json.dumps(dict(row.source), default=str, ensure_ascii=False) for row in clips.rows]
+    return pd.DataFrame({"row": [row.index for row in clips.rows], "values": values})
 
 
-def _plan(clips: Sequence[Clip]) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {
-        "name": [clip.name for clip in clips],
-        "row": [clip.row.index for clip in clips],
-        "take": [clip.take for clip in clips],
-        "part": [clip.part for clip in clips],
-        "seed": [clip.seed for clip in clips],
-        "error": [clip.error for clip in clips],
+def _plan(clips: Clips) -> pd.DataFrame:
+    columns: dict[str, list[Any]] = {name: [] for name in ("name", "row", "take", "part", "seed", "error")}
+    assets: list[list[str]] = []
+    for clip in clips:
+        for name in ("name", "take", "part", "seed", "error"):
+            columns[name].append(getattr(clip, name))
+        columns["row"].append(clip.row.index)
+        found = clip.items["decode"].assets.values() if clip.items else ()
+        assets.append(sorted({asset.sha256 for column in found for asset in column}))
+    keys = {
+        f"{stage}_key": [None if i in clips.rejected else clips.key(stage, i) for i in range(len(clips))]
+        for stage in STAGES
     }
-    for stage in STAGES:
-        columns[f"{stage}_key"] = [clip.items[stage].key if stage in clip.items else None for clip in clips]
-    columns["assets"] = [
-        sorted({a.sha256 for assets in clip.items["decode"].assets.values() for a in assets})
-        if clip.items
-        else []
-        for clip in clips
-    ]
-    return pd.DataFrame(columns).astype({"seed": "Int64"})
+    return pd.DataFrame({**columns, **keys, "assets": assets}).astype({"seed": "Int64"})
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:

@@ -8,6 +8,8 @@ best first, and no Python object exists per item.
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -119,7 +121,8 @@ class Schedule:
         """A shard for this queue, None if it has enough or there is nothing for it now.
 
         Ask every queue again after each end. A queue that has no shard gets one whenever an item of its
-        kind is ready; one that has may be refused, if the others would be through sooner without it.
+        kind is ready. One that has may be refused: if the others would be through sooner, or where items
+        of a stage continue each other, so that no other clip slips in before the next item.
         """
         queue = self._queues[queue_name]
         if queue.paused or len(queue.shard_ids) >= self._shards_per_queue:
@@ -127,10 +130,9 @@ class Schedule:
         stage = self._choose(queue)
         if stage is None:
             return None
-        team = self._teams[queue.kind]
-        through_s = team.ready_seconds() / team.speed
-        ranks, seconds = self._pack(stage, queue, through_s)
-        if queue.shard_ids and team.size > 1 and seconds > through_s:
+        share_s = self._teams[queue.kind].seconds_through() / self._shards_per_queue
+        ranks, seconds = self._pack(stage, queue, share_s)
+        if queue.shard_ids and (stage.chained or seconds > share_s):
             return None
         return self._give(stage, ranks, queue, seconds)
 
@@ -221,17 +223,17 @@ class Schedule:
         cheap (text, reference) is drained before what is costly (denoise), rather than taken in turns.
         """
         full = stage.counts[READY] >= stage.ramp or stage.seconds(READY) >= self._shard_seconds * queue.speed
-        if not full and any(queue.holds(other.info.model) for other in others):
+        held = [other for other in others if queue.holds(other.info.model)][:1]
+        if held and not full:
             return True
         return queue.seconds_since_load < self._drain_seconds and any(
-            other.level < stage.level and other.item_seconds <= CHEAP * stage.item_seconds for other in others
+            other.level < stage.level and other.item_seconds <= CHEAP * stage.item_seconds
+            for other in held or others
         )
 
-    def _pack(self, stage: "_Stage", queue: "_Queue", through_s: float) -> tuple[list[int], float]:
-        """The best ready items, about `shard_seconds` of them, less when all queues are `through_s` soon."""
-        limit_s = self._shard_seconds
-        if self._teams[queue.kind].size > 1:
-            limit_s = min(limit_s, max(through_s / self._shards_per_queue, SMALLEST_SHARD * limit_s))
+    def _pack(self, stage: "_Stage", queue: "_Queue", share_s: float) -> tuple[list[int], float]:
+        """The best ready items: `shard_seconds` of them, or `share_s` if that is less, but one at least."""
+        limit_s = min(self._shard_seconds, max(share_s, SMALLEST_SHARD * self._shard_seconds))
         seconds_per_work = stage.seconds_per_work / queue.speed
         ranks: list[int] = []
         total_s = 0.0
@@ -246,6 +248,7 @@ class Schedule:
     def _give(self, stage: "_Stage", ranks: Sequence[int], queue: "_Queue", seconds: float) -> Shard:
         for rank in ranks:
             self._graph.move(rank, RUNNING)
+        stage.first_ready = ranks[-1] + 1
         stage.ramp = min(2 * stage.ramp, stage.info.max_items)
         queue.use(stage.info.model, seconds, self._models_kept)
         self._last_id += 1
@@ -285,16 +288,22 @@ class _Team:
     speed: float
     size: int
 
-    def ready_seconds(self) -> float:
-        return sum(stage.seconds(READY) for stage in self.stages)
+    def seconds_through(self) -> float:
+        """In which all queues together do what is ready; endless for one alone, which need not share."""
+        if self.size < 2:
+            return inf
+        return sum(stage.seconds(READY) for stage in self.stages) / self.speed
 
 
 class _Stage:
-    """`counts` and `work` are indexed by state; `level` is the length of the longest chain of stages above."""
+    """`counts` and `work` are indexed by state; `level` is how many stages lie above, on the longest way."""
 
-    def __init__(self, info: StageInfo, level: int, first_rank: int, work: NDArray[np.float64]) -> None:
+    def __init__(
+        self, info: StageInfo, level: int, chained: bool, first_rank: int, work: NDArray[np.float64]
+    ) -> None:
         self.info = info
         self.level = level
+        self.chained = chained
         self.end_rank = first_rank + len(work)
         self.first_ready = self.end_rank  # no ready rank is smaller
         self.counts = [len(work), 0, 0, 0, 0, 0]
@@ -306,9 +315,9 @@ class _Stage:
 
     @property
     def seconds_per_work(self) -> float:
-        return (
-            self.measured_seconds / self.measured_work if self.measured_work else self.info.seconds_per_work
-        )
+        if not self.measured_work:
+            return self.info.seconds_per_work
+        return self.measured_seconds / self.measured_work
 
     @property
     def item_seconds(self) -> float:
@@ -430,16 +439,16 @@ def _tallies(
     work: NDArray[np.float64],
     stage_edges: NDArray[np.integer[Any]],
 ) -> list[_Stage]:
-    levels = [0] * len(infos)
+    levels, chained = [0] * len(infos), [False] * len(infos)
     for above, below in np.unique(stage_edges, axis=0).tolist():
         if above > below:
             raise ValueError(f"{infos[below].name} follows {infos[above].name}: give stages in depth order")
-        if above < below:
-            levels[below] = max(levels[below], levels[above] + 1)
+        chained[above] |= above == below
+        levels[below] = max(levels[below], levels[above] + (above < below))
     bounds = np.searchsorted(stage_of_rank, np.arange(len(infos) + 1)).tolist()
     return [
-        _Stage(info, level, first, work[first:end])
-        for info, level, first, end in zip(infos, levels, bounds, bounds[1:], strict=False)
+        _Stage(info, levels[index], chained[index], first, work[first:end])
+        for index, (info, (first, end)) in enumerate(zip(infos, pairwise(bounds), strict=True))
     ]
 
 

@@ -45,9 +45,12 @@ def _end_with_parent() -> None:
     That needs no thread of ours, which a library that holds the interpreter's lock would keep waiting;
     a parent-death signal would come already when the thread that started this process ends.
     """
-    fcntl.fcntl(sys.stdin.fileno(), fcntl.F_SETOWN, -os.getpgrp())
-    flags = fcntl.fcntl(sys.stdin.fileno(), fcntl.F_GETFL)
-    fcntl.fcntl(sys.stdin.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+    stdin = sys.stdin.fileno()
+    life = os.dup(stdin)
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), stdin)  # whoever asks a question there gets no answer instead of waiting
+    fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 class _Worker:

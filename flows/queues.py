@@ -208,7 +208,7 @@ class LocalQueue:
         if number <= self._cancelled[0]:
             return JobResult(cancelled=True)
         last_item = job.items[ended].key if started and ended < len(job.items) else None
-        return _lost(self.name, child.exit_status, item_timeout_s if watchdog.barked else None, last_item)
+        return _lost(self.name, child.exit_status, watchdog.timeout_s if watchdog.barked else None, last_item)
 
     def _replace(self, child: "_Child", grace_s: float = 0.0) -> None:
         child.end(grace_s)
@@ -224,9 +224,8 @@ class LocalQueues(Mapping[str, LocalQueue]):
     def __init__(self, gpus: Sequence[int] = (), pretend: bool = False, cpus: int = 1) -> None:
         self._queues: dict[str, LocalQueue] = {}
         for gpu in gpus:
-            self._add(
-                LocalQueue(f"gpu-{gpu}", "gpu", {"CUDA_VISIBLE_DEVICES": _visible_device(gpu)}, pretend)
-            )
+            device = str(gpu) if pretend else _visible_device(gpu)
+            self._add(LocalQueue(f"gpu-{gpu}", "gpu", {"CUDA_VISIBLE_DEVICES": device}, pretend))
         for cpu in range(cpus):
             self._add(LocalQueue(f"cpu-{cpu}", "cpu", {"CUDA_VISIBLE_DEVICES": ""}))
 
@@ -328,7 +327,7 @@ class _Watchdog:
     def __init__(self, bark: Callable[[], None], timeout_s: float) -> None:
         self.barked = False
         self._bark = bark
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._quiet_s = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -342,12 +341,12 @@ class _Watchdog:
         self._thread.join()
 
     def heard(self, timeout_s: float) -> None:
-        self._quiet_s, self._timeout_s = 0.0, timeout_s
+        self._quiet_s, self.timeout_s = 0.0, timeout_s
 
     def _watch(self) -> None:
-        while not self._over.wait(step_s := min(1.0, self._timeout_s / 10)):
+        while not self._over.wait(step_s := min(1.0, self.timeout_s / 10)):
             self._quiet_s += step_s
-            if self._quiet_s >= self._timeout_s:
+            if self._quiet_s >= self.timeout_s:
                 self.barked = True
                 self._bark()
                 return

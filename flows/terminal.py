@@ -175,7 +175,7 @@ def print_plan(console: Console, batch: Batch, forecast: Mapping[str, Estimate])
             cells.append("" if expected.bytes is None else f"{expected.bytes / 1e6:.1f} MB")
         table.add_row(stage, *cells)
     console.print(table)
-    rejected = [clip for clip in batch.clips if clip.error]
+    rejected = [batch.clips[i] for i in batch.clips.rejected]
     for clip in rejected:
         console.print(
             Text(f"rejected {clip.name} (row {clip.row.index + 1}): {clip.error}", style="red"),

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from avatar_core.pipeline import Result
+from avatar_core.pipeline import Result, render
 from avatar_core.progress import Silent
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
@@ -107,6 +107,10 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def render_table(table: Path, store: Path, watcher: Watcher | None = None, **options: Any) -> Result:
+    return render({"table": str(table), "storage": {"root": str(store)}, **options}, watcher)
+
+
 def read_video(path: Path) -> NDArray[np.uint8]:
     """Decoded frames [F, H, W, 3]."""
     with av.open(str(path)) as container:
@@ -133,3 +137,8 @@ def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+
+
+def expect_same(result: Result, rendered: Rendered) -> None:
+    assert result.failures.empty
+    assert videos(result.dataset) == videos(rendered.result.dataset)

@@ -127,6 +127,11 @@ FROM_AUDIO = {"audio", "denoise", "decode"}
 FROM_DENOISE = {"denoise", "decode"}
 
 
+def case_name(value: Any) -> str:
+    """Sets print in any order, which the processes of a test run must agree on."""
+    return "-".join(sorted(value)) or "none" if isinstance(value, set) else str(value)
+
+
 def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
     assert first.keys() == second.keys() == set(STAGES)
     return {stage for stage in first if first[stage] != second[stage]}
@@ -161,7 +166,7 @@ def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
         ({"input": {"allow_network": True}}, set()),
         ({"video": {"crf": 20, "fps": 25}, "seed": 0}, set()),
     ],
-    ids=str,
+    ids=case_name,
 )
 def test_an_option_changes_the_keys_of_its_stage_and_after(
     inputs: Path, key_store: Path, options: dict[str, Any], stages: set[str]
@@ -185,7 +190,7 @@ def test_an_option_changes_the_keys_of_its_stage_and_after(
         ({"name": "other"}, set()),
         ({"mood": "calm"}, set()),
     ],
-    ids=str,
+    ids=case_name,
 )
 def test_a_cell_changes_the_keys_of_its_stage_and_after(
     inputs: Path, key_store: Path, row: dict[str, Any], stages: set[str]

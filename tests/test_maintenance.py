@@ -98,7 +98,7 @@ def test_damage_in_a_shared_file_is_repaired_for_every_owner(rendered: Rendered,
 @pytest.fixture
 def second_run(inputs: Path, rendered: Rendered, store: Path) -> dict[str, Any]:
     """Beside the batch, a run that shares its picture with it and adds a clip of its own."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": "portrait.jpg", "audio": "hello.wav", "seed": 99},
         {"image": "two_people.jpg", "audio": "hello.wav"},
     ]

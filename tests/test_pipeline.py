@@ -2,30 +2,27 @@
 
 import csv
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import fsspec
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from avatar_core.config import Config, parse
-from avatar_core.errors import Cancelled, ConfigError, InputError, StoreError
+from avatar_core.errors import ConfigError, InputError, StoreError
 from avatar_core.pipeline import Result, render, rerun
 from avatar_core.plan import STAGES
 from tests.sample_rows import (
     Rendered,
     Watcher,
     attempts,
-    data_files,
-    flip_byte,
+    expect_same,
     read_video,
+    render_table,
     speech,
     videos,
     write_picture,
@@ -37,10 +34,6 @@ from tests.sample_rows import (
 pytestmark = pytest.mark.timeout(120)
 
 FPS = 25
-
-
-def run(table: Path, store: Path, watcher: Watcher | None = None, **options: Any) -> Result:
-    return render({"table": str(table), "storage": {"root": str(store)}, **options}, watcher)
 
 
 def read_rows(table: Path) -> list[dict[str, Any]]:
@@ -110,7 +103,7 @@ def test_pictures_times_recordings_cost_each_picture_and_recording_once(rendered
 
 
 def test_the_same_run_in_a_fresh_store_gives_the_same_bytes(rendered: Rendered, tmp_path: Path) -> None:
-    again = run(rendered.table, tmp_path / "elsewhere")
+    again = render_table(rendered.table, tmp_path / "elsewhere")
     assert videos(again.dataset) == videos(rendered.result.dataset)
 
 
@@ -124,7 +117,7 @@ def stage_files(store: Path) -> dict[str, int]:
 def test_a_second_run_does_nothing(rendered: Rendered, store: Path) -> None:
     before = stage_files(store)
     watcher = Watcher()
-    result = run(rendered.table, store, watcher)
+    result = render_table(rendered.table, store, watcher)
     assert watcher.ended == []
     assert set(watcher.to_do.values()) == {0}
     assert watcher.cached == {"ingest": 4, "face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
@@ -139,7 +132,7 @@ def test_one_more_row_costs_only_its_new_items(rendered: Rendered, store: Path, 
     new = write_recording(tmp_path / "new.wav", start_s=2.0)
     table = write_table(tmp_path / "batch.csv", [*rows, {**rows[0], "audio": str(new)}])
     watcher = Watcher()
-    result = run(table, store, watcher)
+    result = render_table(table, store, watcher)
     assert watcher.counts == {"ingest": 1, "audio": 1, "denoise": 1, "decode": 1}
     assert len(result.metadata) == 5
 
@@ -150,7 +143,7 @@ def test_rows_of_equal_content_share_one_clip(inputs: Path, tmp_path: Path) -> N
     shutil.copy(inputs / "hello.wav", tmp_path)
     rows = [{"image": "one.jpg", "audio": "hello.wav"}, {"image": "two.jpg", "audio": "hello.wav"}]
     watcher = Watcher()
-    result = run(write_table(tmp_path / "t.csv", rows), tmp_path / "store", watcher)
+    result = render_table(write_table(tmp_path / "t.csv", rows), tmp_path / "store", watcher)
     assert watcher.counts == {"ingest": 3, "face": 1, "audio": 1, "reference": 1, "denoise": 1, "decode": 1}
     first, second = videos(result.dataset).values()
     assert first == second
@@ -161,7 +154,7 @@ def test_order_limit_and_only_do_not_change_what_is_rendered(rendered: Rendered,
     table = write_table(rendered.table.parent / "reversed.csv", rows[::-1])
     for options in ({}, {"limit": 2}, {"only": ["closeup-again"]}):
         watcher = Watcher()
-        run(table, store, watcher, name="batch", **options)
+        render_table(table, store, watcher, name="batch", **options)
         assert watcher.counts == {}
 
 
@@ -169,7 +162,7 @@ def test_names_and_unknown_columns_cost_nothing(rendered: Rendered, store: Path)
     rows = read_rows(rendered.table)
     changed = [{**row, "name": f"clip {i}", "mood": "calm"} for i, row in enumerate(rows)]
     watcher = Watcher()
-    result = run(write_table(rendered.table.parent / "renamed.csv", changed), store, watcher)
+    result = render_table(write_table(rendered.table.parent / "renamed.csv", changed), store, watcher)
     assert watcher.counts == {}
     assert sorted(videos(result.dataset)) == [f"clip-{i}.mp4" for i in range(4)]
 
@@ -179,7 +172,7 @@ def test_another_prompt_is_another_row_unless_the_row_has_its_own_seed(inputs: P
 
     def counts(name: str, **cells: Any) -> dict[str, int]:
         watcher = Watcher()
-        run(write_table(inputs / name, [{**row, **cells}]), tmp_path / "store", watcher)
+        render_table(write_table(inputs / name, [{**row, **cells}]), tmp_path / "store", watcher)
         return watcher.counts
 
     counts("first.csv", prompt="Calm.")
@@ -194,7 +187,7 @@ def test_another_prompt_is_another_row_unless_the_row_has_its_own_seed(inputs: P
 @pytest.fixture(scope="module")
 def original(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
     table = write_table(inputs / "original.csv", [{"image": "portrait.jpg", "audio": "hello.wav", "seed": 1}])
-    return read_video(only_video(run(table, tmp_path_factory.mktemp("original") / "store")))
+    return read_video(only_video(render_table(table, tmp_path_factory.mktemp("original") / "store")))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +202,13 @@ def test_each_input_changes_the_frames(
     for column in ("image", "audio"):
         folder = tmp_path if row[column] == "later.wav" else inputs
         row[column] = str(folder / row[column])
-    frames = read_video(only_video(run(write_table(tmp_path / "t.csv", [row]), tmp_path / "store")))
+    frames = read_video(only_video(render_table(write_table(tmp_path / "t.csv", [row]), tmp_path / "store")))
     assert frames.shape != original.shape or (frames != original).mean() > 0.01
 
 
 def test_takes_show_different_movement(rendered: Rendered, store: Path) -> None:
     watcher = Watcher()
-    result = run(rendered.table, store, watcher, takes=3, only=["portrait-hello"])
+    result = render_table(rendered.table, store, watcher, takes=3, only=["portrait-hello"])
     assert watcher.counts == {"denoise": 2, "decode": 2}
     names = ["portrait-hello", "portrait-hello-take2", "portrait-hello-take3"]
     assert result.metadata["name"].tolist() == names
@@ -223,113 +216,6 @@ def test_takes_show_different_movement(rendered: Rendered, store: Path) -> None:
     shown = [read_video(Path(result.dataset) / "videos" / f"{name}.mp4") for name in names]
     assert (shown[0] != shown[1]).any()
     assert (shown[1] != shown[2]).any()
-
-
-# --- losses and damage
-
-
-def expect_same(result: Result, rendered: Rendered) -> None:
-    assert result.failures.empty
-    assert videos(result.dataset) == videos(rendered.result.dataset)
-
-
-@pytest.mark.parametrize("parts", [("data",), ("data", "manifests")])
-def test_motion_that_was_cleaned_away_costs_nothing(
-    rendered: Rendered, store: Path, parts: tuple[str, ...]
-) -> None:
-    for part in parts:
-        shutil.rmtree(store / "stages" / "denoise" / part)
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert watcher.counts == {}
-
-
-def test_a_lost_stored_video_is_rendered_again_alone(rendered: Rendered, store: Path) -> None:
-    data_files(store, "decode")[0].unlink()
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert watcher.counts == {"decode": 1}
-
-
-def test_a_lost_published_video_is_copied_again(rendered: Rendered, store: Path) -> None:
-    (store / "datasets/batch/videos/closeup-again.mp4").unlink()
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert watcher.counts == {}
-
-
-@pytest.mark.parametrize("stage", ["audio", "reference", "denoise"])
-def test_a_damaged_input_of_a_needed_item_is_made_again(rendered: Rendered, store: Path, stage: str) -> None:
-    for path in data_files(store, stage):
-        flip_byte(path)
-    shutil.rmtree(store / "stages/decode")
-    if stage != "denoise":
-        shutil.rmtree(store / "stages/denoise")
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert watcher.counts[stage] == len(attempts(rendered.store, stage))
-    assert any("damaged" in warning for warning in watcher.warnings)
-    assert "dropped" in set(attempts(store, stage)["status"])
-
-
-def test_a_damaged_asset_is_taken_in_again(rendered: Rendered, store: Path) -> None:
-    for path in (store / "assets").rglob("*.wav"):
-        flip_byte(path)
-    shutil.rmtree(store / "stages/decode")
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert any("damaged" in warning for warning in watcher.warnings)
-
-
-def test_a_damaged_video_that_must_be_published_is_rendered_again(rendered: Rendered, store: Path) -> None:
-    flip_byte(data_files(store, "decode")[0])
-    shutil.rmtree(store / "datasets")
-    watcher = Watcher()
-    expect_same(run(rendered.table, store, watcher), rendered)
-    assert watcher.counts == {"decode": 1}
-
-
-# --- stopping
-
-
-@pytest.mark.parametrize("items", [3, 9, 14])
-def test_a_cancelled_run_keeps_what_is_finished(rendered: Rendered, tmp_path: Path, items: int) -> None:
-    config = {"table": str(rendered.table), "storage": {"root": str(tmp_path)}}
-    watcher = Watcher()
-    with pytest.raises(Cancelled):
-        render(config, watcher, lambda: len(watcher.ended) >= items)
-    assert len(watcher.ended) == items
-    rest = Watcher()
-    expect_same(render(config, rest), rendered)
-    ended = [row["key"] for _, row in watcher.ended + rest.ended]
-    assert len(ended) == len(set(ended)) == 18
-
-
-def when_there_is(pattern: str) -> Callable[[Path], bool]:
-    return lambda store: any(path.is_file() for path in store.glob(pattern))
-
-
-MOMENTS = {
-    "ingest": when_there_is("assets/*/*"),
-    "motion": when_there_is("stages/audio/manifests/*.parquet"),
-    "videos": when_there_is("stages/decode/data/*/*.mp4"),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_is_finished_by_the_same_command(
-    rendered: Rendered, tmp_path: Path, moment: str
-) -> None:
-    command = [sys.executable, "-m", "flows.cli", "render", str(rendered.table), f"storage.root={tmp_path}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1]
-    )
-    while not MOMENTS[moment](tmp_path) and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "datasets/batch/metadata.parquet").exists()
-    expect_same(run(rendered.table, tmp_path), rendered)
 
 
 # --- failed rows
@@ -356,7 +242,7 @@ def mixed(inputs: Path, tmp_path: Path) -> Path:
 
 
 def test_bad_rows_fail_with_their_reason_and_the_rest_is_rendered(mixed: Path, tmp_path: Path) -> None:
-    result = run(mixed, tmp_path / "store")
+    result = render_table(mixed, tmp_path / "store")
     failed = result.failures.set_index("name")
     assert result.metadata.set_index("name").loc["good", "status"] == "ok"
     assert result.failed_fraction == pytest.approx(4 / 5)
@@ -374,18 +260,18 @@ def test_bad_rows_fail_with_their_reason_and_the_rest_is_rendered(mixed: Path, t
 
 def test_failed_rows_are_tried_again_only_on_request(mixed: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    run(mixed, store)
+    render_table(mixed, store)
     watcher = Watcher()
-    run(mixed, store, watcher)
+    render_table(mixed, store, watcher)
     assert watcher.counts == {"ingest": 1}  # a failed ingest may have been mended outside
     watcher = Watcher()
-    result = run(mixed, store, watcher, retry_failed=True)
+    result = render_table(mixed, store, watcher, retry_failed=True)
     assert watcher.counts == {"ingest": 1, "face": 1, "audio": 1, "reference": 1}
     assert len(result.failures) == 4
 
 
 def test_rerun_tries_failed_rows_again(mixed: Path, tmp_path: Path) -> None:
-    run(mixed, tmp_path / "store")
+    render_table(mixed, tmp_path / "store")
     config = parse(Config, {"storage": {"root": str(tmp_path / "store")}})
     watcher = Watcher()
     result = rerun(config, "mixed", only_failed=True, observer=watcher)
@@ -394,21 +280,21 @@ def test_rerun_tries_failed_rows_again(mixed: Path, tmp_path: Path) -> None:
 
 
 def test_a_mended_input_is_rendered_by_the_same_command(mixed: Path, tmp_path: Path) -> None:
-    run(mixed, tmp_path / "store")
+    render_table(mixed, tmp_path / "store")
     write_picture(tmp_path / "cut.png", "closeup")
     write_recording(tmp_path / "cut.wav", start_s=1.0)
     write_recording(tmp_path / "silence.wav", start_s=2.0)
     write_picture(tmp_path / "landscape.png")
     watcher = Watcher()
-    result = run(mixed, tmp_path / "store", watcher)
+    result = render_table(mixed, tmp_path / "store", watcher)
     assert result.failures.empty
     assert watcher.counts["decode"] == 4
 
 
 def test_a_picture_of_nobody_is_rendered_where_no_face_is_required(inputs: Path, tmp_path: Path) -> None:
     table = write_table(inputs / "nobody.csv", [{"image": "landscape.png", "audio": "hello.wav"}])
-    assert len(run(table, tmp_path).failures) == 1
-    result = run(table, tmp_path, face={"required": False})
+    assert len(render_table(table, tmp_path).failures) == 1
+    result = render_table(table, tmp_path, face={"required": False})
     assert result.failures.empty
     assert len(read_video(only_video(result))) == 15
 
@@ -456,7 +342,7 @@ def test_rerun_finds_its_table_from_any_folder(
     rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(rendered.table.parent)
-    run(Path(rendered.table.name), tmp_path / "store", limit=1)
+    render_table(Path(rendered.table.name), tmp_path / "store", limit=1)
     monkeypatch.chdir(tmp_path)
     result = rerun(parse(Config, {"storage": {"root": str(tmp_path / "store")}}), "batch")
     assert result.failures.empty
@@ -472,22 +358,24 @@ def long_table(inputs: Path) -> Path:
 
 
 def test_a_long_recording_is_split_into_parts_that_add_up(long_table: Path, tmp_path: Path) -> None:
-    result = run(long_table, tmp_path, audio={"max_duration_s": 1.0})
+    result = render_table(long_table, tmp_path, audio={"max_duration_s": 1.0})
     assert result.metadata["name"].tolist() == ["talk-part1", "talk-part2", "talk-part3"]
     assert result.metadata["part"].tolist() == [0, 1, 2]
     assert result.metadata["num_frames"].sum() == np.ceil(2.3 * FPS)
     assert result.metadata["num_frames"].max() - result.metadata["num_frames"].min() <= 1
     before = videos(result.dataset)
     watcher = Watcher()
-    assert videos(run(long_table, tmp_path, watcher, audio={"max_duration_s": 1.0}).dataset) == before
+    assert (
+        videos(render_table(long_table, tmp_path, watcher, audio={"max_duration_s": 1.0}).dataset) == before
+    )
     assert watcher.counts == {}
 
 
 def test_a_long_recording_is_trimmed_or_refused_where_that_is_asked(long_table: Path, tmp_path: Path) -> None:
-    trimmed = run(long_table, tmp_path, audio={"max_duration_s": 1.0, "long": "trim"})
+    trimmed = render_table(long_table, tmp_path, audio={"max_duration_s": 1.0, "long": "trim"})
     assert trimmed.metadata["num_frames"].tolist() == [FPS]
     assert trimmed.metadata["name"].tolist() == ["talk"]
-    refused = run(long_table, tmp_path, audio={"max_duration_s": 1.0, "long": "refuse"})
+    refused = render_table(long_table, tmp_path, audio={"max_duration_s": 1.0, "long": "refuse"})
     assert "audio.max_duration_s=1" in refused.failures["error"].iloc[0]
     assert videos(refused.dataset) == {}
 
@@ -507,7 +395,7 @@ def movement(video: np.ndarray[Any, Any]) -> tuple[float, float]:
 @pytest.mark.parametrize(("how", "frames"), [("para", 15), ("add", 27)])
 def test_two_speakers_talk_at_once_or_in_turn(inputs: Path, tmp_path: Path, how: str, frames: int) -> None:
     table = write_table(inputs / f"{how}.csv", [{**TWO, "audio_type": how}])
-    result = run(table, tmp_path)
+    result = render_table(table, tmp_path)
     assert result.failures.empty
     video = read_video(only_video(result))
     assert len(video) == frames
@@ -521,13 +409,41 @@ def test_the_order_of_boxes_says_who_speaks(inputs: Path, tmp_path: Path) -> Non
         {**TWO, "name": name, "audio_type": "add", "params": params, "bbox": str(boxes)}
         for name, boxes in (("left_first", [left, right]), ("right_first", [right, left]))
     ]
-    result = run(write_table(inputs / "boxes.csv", rows), tmp_path)
+    result = render_table(write_table(inputs / "boxes.csv", rows), tmp_path)
     assert result.failures.empty
     for name, first in (("left_first", 0), ("right_first", 1)):
         video = read_video(Path(result.dataset) / "videos" / f"{name}.mp4")
         beginning, end = movement(video[:14]), movement(video[16:])
         assert beginning[first] > 1.5 * beginning[1 - first]
         assert end[1 - first] > 1.5 * end[first]
+
+
+# --- rows from Python
+
+
+def test_rows_may_hold_what_a_data_frame_gives(rendered: Rendered, store: Path) -> None:
+    """Paths, numpy numbers, dates, missing values; all of it comes back in the dataset."""
+    folder = rendered.table.parent
+    row = {
+        "image": folder / "portrait.jpg",
+        "audio": str(folder / "hello.wav"),
+        "prompt": "A person talks.",
+        "fps": np.float64(25),
+        "seed": float("nan"),
+        "recorded": pd.Timestamp("2026-01-02"),
+        "count": np.int64(3),
+    }
+    watcher = Watcher()
+    result = render({"rows": [row], "storage": {"root": str(store)}}, watcher)
+    assert watcher.counts == {}
+    assert result.failures.empty
+    assert result.metadata["count"].tolist() == [3]
+    assert "2026-01-02" in str(result.metadata["recorded"].tolist())
+
+
+def test_a_batch_is_found_by_the_name_it_was_given(rendered: Rendered, store: Path) -> None:
+    render_table(rendered.table, store, name="My first batch")
+    assert rerun(parse(Config, {"storage": {"root": str(store)}}), "My first batch").failures.empty
 
 
 # --- whole batches that cannot be read
@@ -540,12 +456,12 @@ def test_a_batch_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_only_names_the_nearest_row(rendered: Rendered, store: Path) -> None:
     with pytest.raises(ConfigError, match="no row is called `portrait-helo`; did you mean `portrait-hello`"):
-        run(rendered.table, store, only=["portrait-helo"])
+        render_table(rendered.table, store, only=["portrait-helo"])
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.csv: no such file"):
-        run(tmp_path / "absent.csv", tmp_path / "store")
+        render_table(tmp_path / "absent.csv", tmp_path / "store")
 
 
 # --- object storage
@@ -554,8 +470,6 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 def test_a_batch_on_s3_renders_and_is_not_rendered_again(
     inputs: Path, s3_root: str, s3_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    import fsspec
-
     files = fsspec.filesystem("s3", **s3_options)
     for name in ("portrait.jpg", "hello.wav"):
         files.put_file(str(inputs / name), f"{s3_root}/in/{name}")

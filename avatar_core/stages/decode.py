@@ -1,6 +1,6 @@
 """Decode: frames of a clip, encoded to MP4 with the sound of its recordings while they are made."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from avatar_core.media.video import Sound, VideoWriter
 from avatar_core.stages.audio import Segment
 from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.reference import load_fitted
+from avatar_core.store.keys import config_values, digest
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class DecodeStageConfig:
     num_frames: int
     crf: int
     x264_preset: str
-    config_digest: str = field(metadata={"execution": True})
     backend: Any = None
 
 
@@ -97,5 +97,5 @@ class DecodeStage(BackendStage):
             "ai_generated": "true",
             "backend": self.backend.name,
             "clip_key": item.key,
-            "config_digest": config.config_digest,
+            "config_digest": digest(config_values(config)),
         }

@@ -1,6 +1,6 @@
 """Denoise: the heavy stage, from conditions to the latents of a clip (`preview`: its motion)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from avatar_core.stages.base import BackendStage, Item, Output, Report
 
 @dataclass(frozen=True)
 class DenoiseStageConfig:
-    seed: int
+    """The seed differs in every clip, so the key holds it apart from the digest of the configuration."""
+
     fps: float
     backend: Any = None
+    seed: int = field(default=0, compare=False, metadata={"execution": True})
 
 
 class DenoiseStage(BackendStage):

@@ -30,9 +30,7 @@ class IngestConfig:
     max_duration_s: float
     allow_network: bool = field(default=False, metadata={"execution": True})
     allowed_roots: tuple[str, ...] = field(default=(), metadata={"execution": True})
-    storage_options: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"execution": True}, repr=False
-    )
+    storage_options: Mapping[str, Any] = field(default_factory=dict, metadata={"execution": True}, repr=False)
 
 
 def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConfig:

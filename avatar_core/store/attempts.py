@@ -27,7 +27,7 @@ from avatar_core.store.storage import Storage
 logger = logging.getLogger(__name__)
 
 _READERS = 16
-_LISTINGS = 5  # gc may delete a listed file before it is read; what it held is in a newer one
+_LISTINGS = 10  # gc may delete a listed file before it is read; what it held is in a newer one
 _SUPERSEDES = b"avatar.supersedes"
 _GROWTH = 4  # a compaction takes in older catalog files up to so many times its own rows
 
@@ -154,8 +154,8 @@ def _attempt_paths(storage: Storage, folder: str) -> dict[str, str]:
 def _settled_paths(storage: Storage, folder: str) -> dict[str, str]:
     """A listing may miss both a file that goes and its successor that comes: two in a row do not."""
     paths = _attempt_paths(storage, folder)
-    while (again := _attempt_paths(storage, folder)) != paths:
-        paths = again
+    if _attempt_paths(storage, folder) != paths:
+        raise _VanishedError
     return paths
 
 

@@ -121,6 +121,18 @@ def test_untrusted_eyes_stay_open() -> None:
     np.testing.assert_array_equal(frame(renderer, blink=1), frame(renderer))
 
 
+@pytest.mark.parametrize("height_px", [1, 3])
+def test_rims_of_glasses_are_not_dragged_over_the_eyes(height_px: int) -> None:
+    contours = portrait_contours()
+    picture = portrait().copy()
+    for upper in (contours.left_eye_upper, contours.right_eye_upper):
+        rim = np.round(upper - [0, height_px]).astype(np.int32)
+        cv2.polylines(picture, [rim], isClosed=False, color=(15, 15, 15), thickness=2)
+    renderer = Renderer(picture, [contours])
+    black = [int((frame(renderer, blink=blink).max(axis=2) < 50).sum()) for blink in (0, 1)]
+    assert black[1] <= black[0] + 2
+
+
 def test_one_frontal_eye_alone_never_winks() -> None:
     contours = replace(portrait_contours(), eyes_trusted=(True, False))
     renderer = Renderer(portrait(), [contours])

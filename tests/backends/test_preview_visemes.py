@@ -102,6 +102,14 @@ def test_very_short_sounds_do_not_fail(num_samples: int) -> None:
     assert np.isfinite(tracks.mouth_wide).all()
 
 
+def test_clicks_do_not_fail() -> None:
+    clicks = np.zeros(16_000, np.float32)
+    clicks[::1001] = 0.9
+    tracks = make_visemes(clicks, SAMPLE_RATE, 25, 25)
+    assert np.isfinite(tracks.mouth_open).all()
+    assert np.isfinite(tracks.mouth_wide).all()
+
+
 def test_speech_without_pauses_moves_the_mouth() -> None:
     tracks = make_visemes(vowel(700, 1200, duration_s=2), SAMPLE_RATE, 25, 50)
     assert tracks.mouth_open[10:40].mean() > 0.3

@@ -34,7 +34,7 @@ class FaceLight:
         left, right = patches[:2] @ LUMINANCE
         return cls(
             brightness=float(np.clip(skin @ LUMINANCE / 190, 0.25, 1.15)),
-            tint=(0.75 + 0.25 * warm / max(warm.max(), 1e-3)).astype(np.float32),
+            tint=(0.62 + 0.38 * warm / max(warm.max(), 1e-3)).astype(np.float32),
             from_right=float(np.clip((right - left) / (right + left + 1), -0.5, 0.5)),
             saturation=_saturation(picture[lower_face.slices]),
         )
@@ -89,12 +89,12 @@ def _teeth_colour(light: FaceLight, u: FloatArray, below_upper: FloatArray) -> F
     arch = 0.80 + 0.20 * np.clip(1 - (np.abs(u) / 0.8) ** 2, 0, 1)
     between = 1 - 0.07 * np.exp(-(((((u * 4.2) + 0.5) % 1 - 0.5) / 0.07) ** 2))
     side = 1 + 0.6 * light.from_right * u
-    under_lip = 0.80 + 0.20 * smoothstep(below_upper, 0, 0.08)
+    under_lip = 0.88 + 0.12 * smoothstep(below_upper, 0, 0.08)
     return np.asarray(base * (arch * between * side * under_lip)[..., None], np.float32)
 
 
 def lip_shade(below_upper: FloatArray, above_lower: FloatArray) -> FloatArray:
     """How much light reaches the inside: little under the lips."""
-    upper = 0.45 * np.exp(-np.maximum(below_upper, 0) / 0.05)
+    upper = 0.36 * np.exp(-np.maximum(below_upper, 0) / 0.05)
     lower = 0.30 * np.exp(-np.maximum(above_lower, 0) / 0.05)
     return np.asarray(np.clip(1 - upper - lower, 0.3, 1), np.float32)

@@ -18,7 +18,7 @@ class Renderer:
         axes = [FaceAxes(contours) for contours in faces]
         self._mouths = [Mouth(picture, contours, face) for contours, face in zip(faces, axes, strict=True)]
         self._eyes = [
-            blinking_eyes(contours, face, picture.shape) for contours, face in zip(faces, axes, strict=True)
+            blinking_eyes(picture, contours, face) for contours, face in zip(faces, axes, strict=True)
         ]
         self._sway = HeadSway(picture.shape, axes) if axes else None
 

@@ -131,7 +131,8 @@ def _linear_predictor(windows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights (windows, LPC_ORDER) of the samples before, latest first, by the autocorrelation method."""
     spectrum = np.fft.rfft(windows, 2 * LPC_WINDOW)
     correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:, : LPC_ORDER + 1]
-    correlation[:, 0] *= 1 + 1e-6  # a trace of white noise keeps the equations regular
+    # A trace of white noise keeps the equations regular.
+    correlation[:, 0] = (1 + 1e-6) * correlation[:, 0] + 1e-12
     lags = np.arange(LPC_ORDER)
     equations = correlation[:, np.abs(lags[:, None] - lags)]
     return np.asarray(np.linalg.solve(equations, correlation[:, 1:, None])[..., 0], np.float64)

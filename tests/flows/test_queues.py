@@ -1,0 +1,464 @@
+"""Children of the queues are real processes; faults are real signals."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avatar_core.config import Config, parse
+from avatar_core.errors import ConfigError
+from avatar_core.pipeline import Batch, open_batch
+from avatar_core.plan import STAGES
+from avatar_core.run import run_shard
+from avatar_core.stages.base import ItemSpec
+from avatar_core.store.storage import Storage
+from avatar_core.store.tensors import open_item
+from flows.queues import Job, JobResult, LocalQueue, LocalQueues
+from tests.flows import toy_backend as toy
+from tests.sample_rows import Rendered, attempts, data_files, flip_byte
+
+pytestmark = pytest.mark.timeout(120)
+
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def queue() -> Iterator[LocalQueue]:
+    queue = LocalQueue("cpu-0", "cpu")
+    yield queue
+    queue.stop()
+
+
+def toy_job(root: Path, *acts: toy.Act) -> Job:
+    items = tuple(toy.toy_item(f"item-{i}", act) for i, act in enumerate(acts))
+    return Job(str(root), {}, None, 2**20, {"name": "toy"}, "denoise", items, {})
+
+
+def run(queue: LocalQueue, job: Job, **options: Any) -> JobResult:
+    return queue.run(job, **{"item_timeout_s": PATIENCE_S, **options})
+
+
+def answer(root: Path, row: Mapping[str, Any]) -> Any:
+    path = Storage(str(root)).local_path(row["data"], row["sha256"])
+    return json.loads(open_item(path, row["key"])["answer"].tobytes())
+
+
+def ask(queue: LocalQueue, root: Path, act: toy.Act = toy.describe) -> Any:
+    result = run(queue, toy_job(root, act))
+    assert result.error is None
+    return answer(root, result.rows[0])
+
+
+def until(condition: Callable[[], object]) -> None:
+    """The time limit of the test is the limit of this, too."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def pid_of(queue: LocalQueue) -> int:
+    assert queue.pid is not None
+    return queue.pid
+
+
+# --- the same as in one process
+
+
+@pytest.fixture
+def batch(rendered: Rendered, store: Path) -> Batch:
+    """Everything but the ingested sources is to do."""
+    for stage in STAGES:
+        for path in (store / "stages" / stage).rglob("*.*"):
+            path.unlink()
+    return open_batch(parse(Config, {"table": str(rendered.table), "storage": {"root": str(store)}}))
+
+
+def job_of(batch: Batch, stage: str, items: tuple[ItemSpec, ...]) -> Job:
+    inputs = {
+        upstream: {
+            key: batch.results[upstream].ok(key) or {} for item in items for key in item.inputs[upstream]
+        }
+        for upstream in items[0].inputs
+    }
+    backend = {"name": batch.backend.name, **asdict(batch.backend.config)}
+    return Job(batch.storage.uri, {}, None, 2**20, backend, stage, items, inputs)
+
+
+def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column != "seconds"}
+
+
+def test_rows_and_files_are_those_of_the_own_process(batch: Batch, queue: LocalQueue, tmp_path: Path) -> None:
+    store = Path(batch.storage.uri)
+    assert data_files(store, "decode") == []
+    for stage, plan in batch.plan().items():
+        job = job_of(batch, stage, plan.to_do)
+        shown: list[dict[str, Any]] = []
+        result = run(queue, job, on_row=shown.append)
+        assert result.error is None
+        assert [row["key"] for row in shown] == [item.key for item in plan.to_do]
+        files = {path: path.read_bytes() for path in data_files(store, stage)}
+        for path in files:
+            path.unlink()
+        expected = run_shard(batch.storage, batch.stages[stage], job.items, job.inputs)
+        assert [untimed(row) for row in result.rows] == [untimed(row) for row in expected]
+        assert {path: path.read_bytes() for path in data_files(store, stage)} == files
+        for row in result.rows:
+            batch.results[stage].add(row)
+    assert len(data_files(store, "decode")) == 4
+    assert set(attempts(store, "decode")["status"]) == {"ok"}
+
+
+def test_a_damaged_input_names_what_to_compute_again(batch: Batch, queue: LocalQueue) -> None:
+    items = batch.plan()["audio"].to_do
+    damaged = items[1].assets["audio"][0]
+    flip_byte(Path(batch.storage.uri) / damaged.path)
+    result = run(queue, job_of(batch, "audio", items))
+    assert result.error_type == "StoreError"
+    assert result.error is not None
+    assert "altered" in result.error
+    assert result.keys == (f"ingest:{damaged.key}",)
+    assert [row["key"] for row in result.rows] == [items[0].key]
+    assert result.unfinished == tuple(item.key for item in items[1:])
+    committed = attempts(Path(batch.storage.uri), "audio")
+    assert committed["sha256"].tolist() == [row["sha256"] for row in result.rows]
+
+
+# --- a child
+
+
+def test_a_child_has_neither_flow_engine_nor_composer_nor_model_library(
+    queue: LocalQueue, tmp_path: Path
+) -> None:
+    modules = {name.split(".")[0] for name in ask(queue, tmp_path)["modules"]}
+    assert "avatar_core" in modules
+    assert not modules & {
+        "prefect",
+        "hydra",
+        "omegaconf",
+        "typer",
+        "torch",
+        "transformers",
+        "diffusers",
+        "pytest",
+    }
+
+
+def test_the_preview_backend_needs_no_model_library(batch: Batch, queue: LocalQueue, tmp_path: Path) -> None:
+    run(queue, job_of(batch, "audio", batch.plan()["audio"].to_do))
+    run(queue, job_of(batch, "face", batch.plan()["face"].to_do))
+    modules = ask(queue, tmp_path)["modules"]
+    assert "avatar_core.backends.preview.backend" in modules
+    assert not {"torch", "transformers", "diffusers", "tensorflow"} & set(modules)
+
+
+def test_the_environment_is_set_before_anything_is_imported(tmp_path: Path) -> None:
+    with LocalQueues(gpus=[3], pretend=True, cpus=1) as queues:
+        for name, device in (("gpu-3", "3"), ("cpu-0", "")):
+            assert ask(queues[name], tmp_path)["environment"]["CUDA_VISIBLE_DEVICES"] == device
+            started_with = Path(f"/proc/{queues[name].pid}/environ").read_text().split("\0")
+            assert f"CUDA_VISIBLE_DEVICES={device}" in started_with
+
+
+def test_models_stay_loaded_between_shards(queue: LocalQueue, tmp_path: Path) -> None:
+    told = [ask(queue, tmp_path / "a"), ask(queue, tmp_path / "b"), ask(queue, tmp_path / "a")]
+    assert [each["loads"] for each in told] == [["cpu"]] * 3
+    assert [each["backends"] for each in told] == [1, 2, 2]  # one for each store
+    assert len({each["pid"] for each in told}) == 1
+
+
+def test_a_question_to_the_terminal_gets_no_answer(queue: LocalQueue, tmp_path: Path) -> None:
+    assert ask(queue, tmp_path)["stdin"] == ""
+
+
+def test_a_gpu_queue_computes_on_the_gpu_unless_it_pretends() -> None:
+    assert LocalQueue("gpu-0", "gpu").device == "cuda"
+    assert LocalQueue("gpu-0", "gpu", pretend=True).device == "cpu"
+    assert LocalQueue("cpu-0", "cpu").device == "cpu"
+
+
+def test_gpus_are_counted_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7f")
+    with pytest.raises(ConfigError, match="no GPU 2: CUDA_VISIBLE_DEVICES=5, GPU-7f allows 0 to 1"):
+        LocalQueues(gpus=[2])
+    with LocalQueues(gpus=[0, 1], cpus=0) as queues:
+        for name, device in (("gpu-0", "5"), ("gpu-1", "GPU-7f")):
+            until(Path(f"/proc/{queues[name].pid}/environ").read_text)
+            started_with = Path(f"/proc/{queues[name].pid}/environ").read_text().split("\0")
+            assert f"CUDA_VISIBLE_DEVICES={device}" in started_with
+
+
+def test_storage_options_are_not_shown(tmp_path: Path) -> None:
+    job = Job(str(tmp_path), {"secret": "s3cr3t"}, None, 1, {"name": "toy"}, "denoise", (), {})
+    assert "s3cr3t" not in repr(job)
+
+
+# --- what the parent hears
+
+
+def test_log_records_arrive_with_their_item(
+    queue: LocalQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(queue, toy_job(tmp_path, toy.nothing, toy.log_levels, toy.break_unexpectedly))
+    told = [
+        (each.name, each.levelname, each.processName, each.__dict__["item_key"]) for each in caplog.records
+    ]
+    assert told == [
+        ("avatar_core.toy", "INFO", "cpu-0", "item-1"),
+        ("avatar_core.run", "WARNING", "cpu-0", "item-2"),
+    ]
+    assert caplog.messages[0] == "all of it"
+    assert "ZeroDivisionError: by zero" in caplog.messages[1]
+
+
+def test_records_below_the_level_of_the_parent_are_left_out(
+    queue: LocalQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run(queue, toy_job(tmp_path, toy.log_levels))
+    assert caplog.messages == []
+
+
+def test_progress_is_thinned_out(queue: LocalQueue, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    job = toy_job(tmp_path, toy.report_often)
+    result = run(queue, job, on_progress=lambda *progress: heard.append(progress))
+    assert heard[0] == ("item-0", 0, 1)
+    assert [done for _, done, _ in heard] == sorted({done for _, done, _ in heard})
+    assert len(heard) <= 1 + 10 * result.rows[0]["seconds"]
+    assert answer(tmp_path, result.rows[0]) > 100
+
+
+def test_a_failed_item_is_a_row_and_the_rest_goes_on(queue: LocalQueue, tmp_path: Path) -> None:
+    result = run(queue, toy_job(tmp_path, toy.break_unexpectedly, toy.nothing))
+    assert [row["status"] for row in result.rows] == ["failed", "ok"]
+    assert (result.error, result.unfinished) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("act", "error_type"), [(toy.lack_weights, "WeightsError"), (toy.cancel_itself, "Cancelled")]
+)
+def test_what_ends_a_shard_leaves_the_finished_items_committed(
+    queue: LocalQueue, tmp_path: Path, act: toy.Act, error_type: str
+) -> None:
+    result = run(queue, toy_job(tmp_path, toy.nothing, act, toy.nothing))
+    assert (result.error_type, result.cancelled) == (error_type, error_type == "Cancelled")
+    assert attempts(tmp_path, "denoise")["sha256"].tolist() == [row["sha256"] for row in result.rows]
+    assert [row["key"] for row in result.rows] == ["item-0"]
+    assert result.unfinished == ("item-1", "item-2")
+
+
+def test_rows_that_could_not_be_committed_are_unfinished(queue: LocalQueue, tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "denoise").write_text("in the way")
+    result = run(queue, toy_job(tmp_path, toy.nothing))
+    assert result.error_type == "StoreError"
+    assert (result.rows, result.unfinished) == ((), ("item-0",))
+
+
+def test_a_job_that_cannot_be_set_up_is_an_error_of_the_job(queue: LocalQueue, tmp_path: Path) -> None:
+    result = run(queue, Job(str(tmp_path), {}, None, 1, {"name": "no such"}, "denoise", (), {}))
+    assert result.error is not None
+    assert result.error.startswith("unknown backend `no such`")
+    pid = queue.pid
+    ask(queue, tmp_path)
+    assert queue.pid == pid
+
+
+# --- children that are lost
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (toy.crash, "ended by signal 11 (Segmentation fault) while it worked on item item-1"),
+        (toy.exit_with_status, "exited with status 3 while it worked on item item-1"),
+    ],
+)
+def test_a_child_that_dies_is_replaced(queue: LocalQueue, tmp_path: Path, act: toy.Act, reason: str) -> None:
+    result = run(queue, toy_job(tmp_path, toy.nothing, act, toy.nothing))
+    assert (result.died, result.hung, result.cancelled, result.last_item) == (True, False, False, "item-1")
+    assert result.error is not None
+    assert reason in result.error
+    assert (result.rows, result.unfinished) == ((), ("item-0", "item-1", "item-2"))
+    assert ask(queue, tmp_path)["loads"] == ["cpu"]
+
+
+def test_a_child_killed_amid_a_real_shard_is_replaced(batch: Batch, queue: LocalQueue) -> None:
+    items = batch.plan()["audio"].to_do
+    job = job_of(batch, "audio", items)
+    result = run(queue, job, on_row=lambda row: os.kill(pid_of(queue), signal.SIGKILL))
+    assert (result.died, result.rows) == (True, ())
+    assert result.unfinished == tuple(item.key for item in items)
+    assert "signal 9" in (result.error or "")
+    again = run(queue, job)
+    assert [row["status"] for row in again.rows] == ["ok"] * len(items)
+
+
+def test_a_child_killed_while_idle_costs_no_job(queue: LocalQueue, tmp_path: Path) -> None:
+    killed = ask(queue, tmp_path)["pid"]
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: not exists(killed))
+    assert ask(queue, tmp_path)["pid"] != killed
+
+
+def test_a_stopped_child_is_replaced_after_the_time_limit(queue: LocalQueue, tmp_path: Path) -> None:
+    stopped = ask(queue, tmp_path)["pid"]
+    job = toy_job(tmp_path, toy.nothing, toy.sleep_for_ever)
+    result = run(queue, job, item_timeout_s=1.0, on_row=lambda row: os.kill(stopped, signal.SIGSTOP))
+    assert (result.died, result.hung, result.last_item) == (False, True, "item-1")
+    assert "said nothing for 1 s" in (result.error or "")
+    assert result.unfinished == ("item-0", "item-1")
+    assert not exists(stopped)
+    assert ask(queue, tmp_path)["pid"] != stopped
+
+
+def test_a_child_that_stopped_before_it_took_a_large_job_is_replaced(
+    queue: LocalQueue, tmp_path: Path
+) -> None:
+    stopped = ask(queue, tmp_path)["pid"]
+    os.kill(stopped, signal.SIGSTOP)
+    result = run(queue, toy_job(tmp_path, *[toy.nothing] * 50_000), item_timeout_s=1.0)
+    assert (result.hung, result.last_item) == (True, None)
+    assert not exists(stopped)
+
+
+def test_an_item_that_reports_may_take_longer_than_the_limit(queue: LocalQueue, tmp_path: Path) -> None:
+    ask(queue, tmp_path)
+    result = run(queue, toy_job(tmp_path, toy.report_often), item_timeout_s=0.4)
+    assert (result.hung, result.error) == (False, None)
+
+
+def test_an_error_of_the_listener_leaves_a_usable_queue(queue: LocalQueue, tmp_path: Path) -> None:
+    def fail(row: Mapping[str, Any]) -> None:
+        raise OSError("nobody listens")
+
+    with pytest.raises(OSError, match="nobody listens"):
+        run(queue, toy_job(tmp_path, toy.nothing, toy.wait_for_cancel), on_row=fail)
+    assert ask(queue, tmp_path)["loads"] == ["cpu"]
+
+
+# --- cancelling and stopping
+
+
+def test_cancel_commits_what_is_finished_and_takes_the_waiting_shard_along(
+    queue: LocalQueue, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        ended = threading.Event()
+        first = pool.submit(
+            run, queue, toy_job(tmp_path, toy.nothing, toy.wait_for_cancel), on_row=lambda row: ended.set()
+        )
+        until(ended.is_set)
+        pid = queue.pid
+        second = pool.submit(run, queue, toy_job(tmp_path, toy.wait_for_cancel))
+        until(second.running)
+        until(lambda: queue._numbers == 2)
+        queue.cancel()
+        assert [row["key"] for row in first.result().rows] == ["item-0"]
+        assert second.result() == JobResult(cancelled=True, unfinished=("item-0",))
+    assert first.result().cancelled
+    assert first.result().unfinished == ("item-1",)
+    assert attempts(tmp_path, "denoise")["key"].tolist() == ["item-0"]
+    assert ask(queue, tmp_path)["pid"] == pid
+
+
+def test_stop_amid_a_shard_leaves_no_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor() as pool, LocalQueues(gpus=[0], pretend=True, cpus=1) as queues:
+        pids = [pid_of(queue) for queue in queues.values()]
+        with caplog.at_level(logging.INFO):
+            running = pool.submit(run, queues["gpu-0"], toy_job(tmp_path, toy.start_helper))
+            until(lambda: caplog.messages)
+        helper = int(caplog.messages[0].removeprefix("helper "))
+        queues.stop()
+        assert running.result() == JobResult(cancelled=True, unfinished=("item-0",))
+        until(lambda: not exists(helper))
+        assert not any(map(exists, pids))
+        assert run(queues["cpu-0"], toy_job(tmp_path, toy.nothing)).cancelled
+
+
+def test_two_queues_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
+    with LocalQueues(cpus=2) as queues, ThreadPoolExecutor() as pool:
+        job = toy_job(tmp_path, toy.be_in_two_places)
+        results = list(pool.map(lambda queue: run(queue, job), queues.values()))
+    assert [result.rows[0]["status"] for result in results] == ["ok", "ok"]
+
+
+def test_an_interrupt_does_not_disturb_a_child(queue: LocalQueue, tmp_path: Path) -> None:
+    job = toy_job(tmp_path, toy.nothing, toy.report_often)
+    result = run(queue, job, on_row=lambda row: os.kill(pid_of(queue), signal.SIGINT))
+    assert [row["status"] for row in result.rows] == ["ok", "ok"]
+
+
+# --- the parent's own end
+
+PARENT = """
+import sys, threading, time
+from pathlib import Path
+from flows.queues import Job, LocalQueues
+from tests.flows import toy_backend as toy
+
+job = Job(sys.argv[1], {}, None, 2**20, {"name": "toy"}, "denoise",
+          (toy.toy_item("a", toy.nothing), toy.toy_item("b", getattr(toy, sys.argv[2]))), {})
+with LocalQueues(cpus=2) as queues:
+    told = lambda row: print(*(queue.pid for queue in queues.values()), flush=True)
+    if sys.argv[3] == "main":
+        queues["cpu-0"].run(job, item_timeout_s=100, on_row=told)
+    else:
+        options = dict(item_timeout_s=100, on_row=told)
+        threading.Thread(target=queues["cpu-0"].run, args=[job], kwargs=options).start()
+        time.sleep(100)
+"""
+
+
+def start_parent(root: Path, act: str, thread: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A process amid a shard, and its children, of which the second is idle."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(root), act, thread],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert parent.stdout is not None
+    return parent, [int(pid) for pid in parent.stdout.readline().split()]
+
+
+@pytest.mark.parametrize("act", ["sleep_for_ever", "compute_for_ever"])
+def test_children_end_with_a_killed_parent(tmp_path: Path, act: str) -> None:
+    parent, children = start_parent(tmp_path, act, "other")
+    assert all(map(exists, children))
+    parent.kill()
+    parent.communicate()
+    deadline_s = time.monotonic() + 5
+    until(lambda: not any(map(exists, children)) or time.monotonic() > deadline_s)
+    assert [pid for pid in children if exists(pid)] == []
+
+
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_an_interrupted_parent_ends_its_children(tmp_path: Path, thread: str) -> None:
+    parent, children = start_parent(tmp_path, "sleep_for_ever", thread)
+    parent.send_signal(signal.SIGINT)
+    parent.communicate()
+    assert not any(map(exists, children))

@@ -1,0 +1,154 @@
+"""A backend whose denoise stage calls whatever function an item's configuration holds.
+
+Unpickling one of the functions below imports this module in a child, which makes the backend known there.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from avatar_core.backends.base import BACKENDS, ReportStep
+from avatar_core.errors import Cancelled, WeightsError
+from avatar_core.stages.base import ItemSpec
+from avatar_core.stages.denoise import DenoiseStageConfig
+
+if "pytest" not in sys.modules:
+    BACKENDS["toy"] = "tests.flows.toy_backend:ToyBackend"
+
+log = logging.getLogger("avatar_core.toy")
+_backends: list["ToyBackend"] = []
+_loads: list[str] = []
+
+Act = Callable[[ReportStep], Any]
+"""What an item does; its answer is kept as JSON."""
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    pass
+
+
+class ToyBackend:
+    name = "toy"
+    label = "toy"
+    config_type = ToyConfig
+    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
+    queues: ClassVar = MappingProxyType(dict.fromkeys(("audio", "reference", "denoise", "decode"), "gpu"))
+
+    def __init__(self, config: ToyConfig) -> None:
+        self.config = config
+        _backends.append(self)
+
+    def weights(self, stage: str, config: Any) -> tuple[str, ...]:
+        return ()
+
+    def load(self, stage: str, config: Act, device: str) -> None:
+        _loads.append(device)
+
+    def denoise(
+        self, models: None, conditions: Any, fps: float, seed: int, config: Act, report: ReportStep
+    ) -> Mapping[str, Any]:
+        return {"answer": np.frombuffer(json.dumps(config(report)).encode(), np.uint8)}
+
+    def decode(self, *arguments: Any) -> Iterator[Any]:
+        raise NotImplementedError
+
+
+def toy_item(key: str, act: Act) -> ItemSpec:
+    return ItemSpec(key, DenoiseStageConfig(seed=0, fps=25.0, backend=act))
+
+
+# --- what an item can do
+
+
+def nothing(report: ReportStep) -> None:
+    pass
+
+
+def describe(report: ReportStep) -> dict[str, Any]:
+    return {
+        "modules": sorted(sys.modules),
+        "environment": dict(os.environ),
+        "backends": len(_backends),
+        "loads": _loads,
+        "pid": os.getpid(),
+        "stdin": sys.stdin.read(),
+    }
+
+
+def report_often(report: ReportStep) -> float:
+    """Reports as fast as it can for half a second; answers with the true number of reports."""
+    reports, end_s = 0, time.monotonic() + 0.5
+    while time.monotonic() < end_s:
+        report(reports := reports + 1, 10**9)
+    return reports
+
+
+def wait_for_cancel(report: ReportStep) -> None:
+    while True:
+        report(0, 1)
+        time.sleep(0.01)
+
+
+def sleep_for_ever(report: ReportStep) -> None:
+    time.sleep(1e6)
+
+
+def compute_for_ever(report: ReportStep) -> None:
+    """Never lets another Python thread of its process run."""
+    pow(3, 10**9)
+
+
+def start_helper(report: ReportStep) -> None:
+    """Waits beside a process of its own, whose id it logs."""
+    import subprocess
+
+    log.info("helper %d", subprocess.Popen(["sleep", "1000"]).pid)
+    time.sleep(1e6)
+
+
+def exit_with_status(report: ReportStep) -> None:
+    sys.exit(3)
+
+
+def crash(report: ReportStep) -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def log_levels(report: ReportStep) -> None:
+    log.debug("never sent")
+    log.info("half of %s", "it", extra={"unpicklable": lambda: None})
+    log.info("all of %s", "it")
+
+
+def break_unexpectedly(report: ReportStep) -> None:
+    raise ZeroDivisionError("by zero")
+
+
+def lack_weights(report: ReportStep) -> None:
+    raise WeightsError("weights 'toy' are missing; run: avatar weights fetch toy")
+
+
+def cancel_itself(report: ReportStep) -> None:
+    raise Cancelled("stopped by the user")
+
+
+def be_in_two_places(report: ReportStep) -> None:
+    """Ends only once a second item of this kind runs in another process; the file lists both."""
+    meeting = Path(os.environ["MEETING"])
+    with meeting.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    while len(set(meeting.read_text().split())) < 2:
+        report(0, 1)
+        time.sleep(0.01)

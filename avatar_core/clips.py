@@ -7,8 +7,9 @@ that need the same picture or recording share its items, because their keys are 
 import dataclasses
 import json
 import math
+import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -44,6 +45,7 @@ RECENT = 4096  # items kept for the rows that follow
 STAGES = ("face", "audio", "reference", "denoise", "decode")
 """Stages after ingest, in the order in which they run."""
 
+_NUMBER = re.compile(r"(-take\d+)?(-part\d+)?$")
 _KEY = np.dtype("S32")
 _NO_KEY = bytes(32)
 SOUND_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
@@ -116,7 +118,12 @@ class Clips(Sequence[Clip]):
         return self._keys[stage]
 
     def key(self, stage: str, index: int) -> str:
-        return self._keys[stage][index].ljust(32, b"\0").hex()
+        return bytes(self._keys[stage][index]).ljust(32, b"\0").hex()
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The name of each row, before takes and parts add their numbers."""
+        return self._names
 
     @property
     def rows(self) -> Sequence[TableRow]:
@@ -278,8 +285,16 @@ class ClipBuilder:
             fps=row.fps or self.config.video.fps,
             audio_type=row.audio_type,
             bbox=row.bbox,
-            params=row.params,
+            params=self._row_settings(row.params),
         )
+
+    def _row_settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A row's `params` as the backend understands them, so that 1 and 1.0 are one value."""
+        if not params:
+            return {}
+        settings = self._settings(canonical_json(dict(params)))
+        values = {name: value for stage in settings.values() for name, value in vars(stage).items()}
+        return {name: values[name] for name in params}
 
     def _backend_settings(self, params: str) -> dict[str, Any]:
         """The backend's configuration by stage, after a row's `params` (canonical JSON)."""
@@ -328,24 +343,33 @@ def cut(duration_s: float, combine: Any, config: Config, fps: float) -> list[Seg
     return [Segment(stop - start, start, combine) for start, stop in pairwise(edges)]
 
 
-def clip_names(rows: Sequence[TableRow]) -> tuple[list[str], list[str]]:
-    """A file name for each row, unique whatever the case of its letters, and warnings about doubled ones."""
+def clip_names(rows: Iterable[TableRow], *, numbered: bool = False) -> tuple[list[str], list[str]]:
+    """A file name for each row, unique whatever the case of its letters, and warnings about doubled ones.
+
+    `numbered`: rows may have several takes or parts, whose names must be free too.
+    """
     names: list[str] = []
     warnings: list[str] = []
     taken: set[str] = set()
     for row in rows:
         wanted = slug(row.name) if row.name else slug(f"{_stem(row.image)}-{_stem(row.audio)}")
         name, number = wanted, 1
-        while name.casefold() in taken:
+        while not taken.isdisjoint(_claimed(name, numbered)):
             number += 1
             name = f"{_shortened(wanted, 8)}-{number}"
         if name != wanted and row.name:
             warnings.append(
                 f"row {row.index + 1}: name `{wanted}` is already used; this clip is called `{name}`"
             )
-        taken.add(name.casefold())
+        taken |= _claimed(name, numbered)
         names.append(name)
     return names, warnings
+
+
+def _claimed(name: str, numbered: bool) -> set[str]:
+    """`a-take2` may also be the second take of `a`, so it claims that name as well."""
+    name = name.casefold()
+    return {name, _NUMBER.sub("", name)} if numbered else {name}
 
 
 def slug(text: str) -> str:

@@ -171,5 +171,6 @@ def _problem(kind: Any, path: list[str], skip: int, error: dict[str, Any]) -> st
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         prefix = ".".join(path[:skip]) + "." if skip else ""
         return f"unknown option `{name}`{nearest(name, option_names(kind, prefix))}"
-    got = f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
+    secret = name.startswith("storage.options")
+    got = f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) and not secret else ""
     return f"option `{name}`: {error['msg']}{got}"

@@ -4,7 +4,7 @@ Needs are pulled backwards from the finished clip: an item is wanted only if a m
 results that were cleaned away cost nothing once the videos exist.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
@@ -97,12 +97,9 @@ class _StageColumn:
     """What is known of each clip's item of one stage: `ok` and `failed` (for good), shape (clips,)."""
 
     def __init__(self, clips: Clips, stage: str, accepted: NDArray[np.bool_], results: Results) -> None:
-        keys, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
+        _, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
         used = accepted[first]
-        names = [
-            clips.key(stage, int(index)) if index_used else ""
-            for index, index_used in zip(first, used, strict=True)
-        ]
+        names = [clips.key(stage, i) if accepted[i] else "" for i in first.tolist()]
         ok = np.array([bool(name) and results.has(name) for name in names], bool)
         failed = np.array([_failed_for_good(name, results) for name in names], bool) & ~ok
         self._first = first
@@ -136,7 +133,7 @@ def first_failure(clip: Clip, results: Mapping[str, Results], *, lasting: bool =
 
 
 def shards(
-    items: Sequence[ItemSpec], seconds_per_work: float, shard_seconds: float
+    items: Iterable[ItemSpec], seconds_per_work: float, shard_seconds: float
 ) -> Iterator[tuple[ItemSpec, ...]]:
     """Items in pieces of about `shard_seconds`; the first hold 1, 2, 4, ... so that results come early."""
     shard: list[ItemSpec] = []

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avatar_core.clips import STAGES, Clip
+from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import StoreError
 from avatar_core.plan import Results, first_failure
 from avatar_core.progress import Observer
@@ -60,7 +60,7 @@ class Published:
 def publish(
     storage: Storage,
     name: str,
-    clips: Sequence[Clip],
+    clips: Clips,
     results: Mapping[str, Results],
     *,
     backend: str,
@@ -75,7 +75,8 @@ def publish(
     """
     folder = f"datasets/{name}"
     old = _read(storage, f"{folder}/metadata.parquet")
-    fresh = _table([_row(clip, results, backend, run_id) for clip in clips])
+    renamed = _renamed(clips)
+    fresh = _table([_row(clip, results, renamed, backend, run_id) for clip in clips])
     if old is not None:
         _warn_of_other_table(old, table, name, observer)
     merged = fresh if complete or old is None else _merge(old, fresh)
@@ -93,7 +94,9 @@ def publish(
     return Published(f"{storage.uri}/{folder}", ours, ours[ours["status"] != "ok"])
 
 
-def _row(clip: Clip, results: Mapping[str, Results], backend: str, run_id: str) -> dict[str, Any]:
+def _row(
+    clip: Clip, results: Mapping[str, Results], renamed: Mapping[str, str], backend: str, run_id: str
+) -> dict[str, Any]:
     failure = first_failure(clip, results)
     video = results["decode"].ok(clip.items["decode"].key) if clip.items else None
     ours: dict[str, Any] = {
@@ -114,8 +117,20 @@ def _row(clip: Clip, results: Mapping[str, Results], backend: str, run_id: str) 
         **{name: video[name] if video else None for name in _VIDEO_COLUMNS},
         **{f"{stage}_key": spec.key for stage, spec in clip.items.items()},
     }
-    theirs = {f"input_{k}" if k in SCHEMA.names else k: v for k, v in clip.row.source.items()}
-    return ours | theirs
+    return ours | {renamed[name]: value for name, value in clip.row.source.items()}
+
+
+def _renamed(clips: Clips) -> dict[str, str]:
+    """What each column of the input is called in the dataset."""
+    names = dict.fromkeys(name for row in clips.rows for name in row.source)
+    taken = {*SCHEMA.names, *names}
+    renamed = {}
+    for name in names:
+        new = name
+        while new in SCHEMA.names or (new != name and new in taken):
+            new = f"input_{new}"
+        renamed[name] = new
+    return renamed
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -166,8 +181,15 @@ def _copy_videos(
         path = f"{folder}/{name}"
         copied = path in there and there[path].size == video["bytes"] and known.get(name) == video["sha256"]
         if not copied:
-            storage.copy_out(video["data"], path, video["sha256"])
+            _copy(storage, video, path)
         observer.clip_published(clip.name, f"{storage.uri}/{path}")
+
+
+def _copy(storage: Storage, video: Mapping[str, Any], path: str) -> None:
+    try:
+        storage.copy_out(video["data"], path, video["sha256"])
+    except StoreError as error:
+        raise StoreError(str(error), keys=[f"decode:{video['key']}"]) from error
 
 
 def _delete_unlisted(storage: Storage, folder: str, old: pa.Table | None, metadata: pa.Table) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import logging
+import os
 import shutil
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import cv2
 import threadpoolctl
 
 from avatar_core.errors import AvatarError, Cancelled, StoreError, WeightsError
-from avatar_core.stages.base import Item, ItemSpec, Output, Stage
+from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.manifest import write_data, write_manifest
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item, pack
@@ -39,63 +41,59 @@ def run_shard(
     cancelled: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, int, int], None] = lambda key, done, total: None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_commit: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Process the items, commit their results in one manifest and return its rows.
 
     An item's own error becomes its row. `StoreError` (with the keys to compute again) and `WeightsError`
-    leave the loop. On `Cancelled` what is done is committed first.
+    leave the loop. On any way out what is done is committed first; `on_commit` tells that it was. A row
+    that `on_row` gets learns at the commit where its tensors lie.
     """
+
+    def report(key: str, done: int, total: int) -> None:
+        if cancelled():
+            raise Cancelled("stopped by the user")
+        on_progress(key, done, total)
+
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
     with _scratch() as scratch, one_thread():
         try:
             for spec in items:
-                row = _run_item(
-                    storage, stage, spec, inputs, device, cancelled, on_progress, scratch, tensors
-                )
-                rows.append(row)
-                on_row(row)
+                report(spec.key, 0, 1)
+                item = _resolve(storage, spec, inputs)
+                models = _load(stage, spec.config, device)
+                folder = Path(tempfile.mkdtemp(dir=scratch))
+                start = time.perf_counter()
+                row = {"key": spec.key, "work": spec.work, "device": device}
+                output = _process(stage, spec, item, models, folder, partial(report, spec.key))
+                if isinstance(output, Output):
+                    row |= {"status": "ok"} | _written(storage, stage, output)
+                    if output.tensors:
+                        tensors[spec.key] = output.tensors
+                else:
+                    row |= output
+                rows.append(row | {"seconds": time.perf_counter() - start})
+                on_row(rows[-1])
+                shutil.rmtree(folder)
         finally:
             if rows:
                 _commit(storage, stage, rows, tensors)
+                on_commit()
+            storage.release()
     return rows
 
 
-def _run_item(
-    storage: Storage,
-    stage: Stage,
-    spec: ItemSpec,
-    inputs: Rows,
-    device: str,
-    cancelled: Callable[[], bool],
-    on_progress: Callable[[str, int, int], None],
-    scratch: Path,
-    tensors: dict[str, Any],
-) -> dict[str, Any]:
-    def report(done: int, total: int) -> None:
-        if cancelled():
-            raise Cancelled("stopped by the user")
-        on_progress(spec.key, done, total)
-
-    report(0, 1)
-    item = _resolve(storage, spec, inputs)
-    models = _load(stage, spec.config, device)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    row: dict[str, Any] = {"key": spec.key, "status": "ok", "device": device, "work": spec.work}
-    start = time.perf_counter()
+def _process(
+    stage: Stage, spec: ItemSpec, item: Item, models: Any, folder: Path, report: Report
+) -> Output | dict[str, Any]:
+    """What the item gave, or the manifest columns of its failure."""
     try:
-        output = stage.process(item, spec.config, models, folder, report)
+        return stage.process(item, spec.config, models, folder, report)
     except (Cancelled, StoreError, WeightsError):
         raise
     except Exception as error:
-        row |= _failed(error, stage, spec)
-    else:
-        row |= _written(storage, stage, output)
-        if output.tensors:
-            tensors[spec.key] = output.tensors
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return row | {"seconds": time.perf_counter() - start}
+        return _failed(error, stage, spec)
 
 
 def _resolve(storage: Storage, spec: ItemSpec, inputs: Rows) -> Item:
@@ -171,7 +169,7 @@ def _commit(storage: Storage, stage: Stage, rows: list[dict[str, Any]], tensors:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="avatar-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"avatar-{os.getpid()}-") as folder:
         yield Path(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from avatar_core.clips import STAGES, Clips
+from avatar_core.clips import STAGES, Clips, slug
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.store.storage import Storage
@@ -32,7 +32,7 @@ def write_run(storage: Storage, name: str, config: Config, backend: dict[str, An
     values = {**to_dict(config), "name": name, "backend": backend}
     storage.write_bytes(f"runs/{run_id}/rows.parquet", _parquet(_rows(clips)))
     storage.write_bytes(f"runs/{run_id}/plan.parquet", _parquet(_plan(clips)))
-    text = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return run_id
 
@@ -46,7 +46,8 @@ def list_runs(storage: Storage) -> list[str]:
 def find_run(storage: Storage, name_or_id: str) -> Run:
     """The run of this id, or the latest one of this name. Raises `StoreError`."""
     ids = list_runs(storage)
-    matches = [i for i in ids if i == name_or_id] or [i for i in ids if run_name(i) == name_or_id]
+    name = slug(name_or_id)
+    matches = [i for i in ids if i == name_or_id] or [i for i in ids if run_name(i) == name]
     if not matches:
         names = sorted({run_name(i) for i in ids})
         known = ", ".join(names[:10]) or "none yet"

@@ -1,10 +1,11 @@
 """The `avatar` command. Heavy imports wait until a command needs them, so `--help` is instant."""
 
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +17,10 @@ from rich.text import Text
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
 
 if TYPE_CHECKING:
+    from avatar_core.batch import Batch
     from avatar_core.config import Config
     from avatar_core.pipeline import Result
+    from flows.terminal import View
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify.")
@@ -43,6 +46,14 @@ ConfigDir = Annotated[
     Path | None, typer.Option(help="Folder with your own batch/, preset/, ... files.", metavar="DIR")
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A dataset's name (its latest run) or a run id.")]
+StatusWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [OVERRIDE ...]",
+        help="A dataset's name (its latest run) or a run id.",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[OVERRIDE ...]", help="For example storage.root=DIR.")
 ]
@@ -76,20 +87,18 @@ def render(
     config_dir: ConfigDir = None,
 ) -> None:
     """Render a table, a batch file, or one picture with one recording."""
-    from avatar_core.pipeline import render as render_batch
-    from flows.terminal import create_view, print_result
+    from flows.terminal import print_result
 
     config, is_pair = _configured(words or [], limit, only, takes, config_dir)
     if output and not is_pair:
         raise ConfigError(
             "-o/--output goes with one PICTURE and one RECORDING; a table's videos are in its dataset"
         )
-    with stoppable() as stopped, create_view(console) as view:
-        result = render_batch(config, view, stopped)
+    result = _rendered(config)
     print_result(console, result.metadata, result.dataset)
     if output and result.failures.empty:
         _copy_video(config, result, output)
-    _exit_for(result, config)
+    _exit_for(result)
 
 
 @app.command()
@@ -101,7 +110,8 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
-    from avatar_core.pipeline import estimate, open_batch
+    from avatar_core.batch import open_batch
+    from avatar_core.pipeline import estimate
     from flows.terminal import create_view, print_plan
 
     config, _ = _configured(words or [], limit, only, takes, config_dir)
@@ -118,15 +128,19 @@ def rerun(
     failed: Annotated[bool, typer.Option("--failed", help="Only clips that failed.")] = False,
 ) -> None:
     """Run a batch again: what failed, or a stage of it."""
-    from avatar_core.pipeline import rerun as rerun_batch
+    from avatar_core.pipeline import rerun_config
     from flows.compose import compose_config
-    from flows.terminal import create_view, print_result
+    from flows.terminal import print_result
 
-    config = compose_config(overrides or [])
-    with stoppable() as stopped, create_view(console) as view:
-        result = rerun_batch(config, run, stage=stage, only_failed=failed, observer=view, cancelled=stopped)
+    for word in overrides or []:
+        if not word.lstrip("+~").startswith(("storage.", "storage=", "runtime.")):
+            raise ConfigError(
+                f"`{word}` would change what was recorded; rerun takes storage.* and runtime.* only: "
+                "for other options use `avatar render`, which keeps what stays the same"
+            )
+    result = _rendered(rerun_config(compose_config(overrides or []), run, stage=stage, only_failed=failed))
     print_result(console, result.metadata, result.dataset)
-    _exit_for(result, config)
+    _exit_for(result)
 
 
 @app.command()
@@ -138,8 +152,8 @@ def verify(
     ] = False,
 ) -> None:
     """Hash everything of a dataset again: its videos, and what the store holds for them."""
+    from avatar_core.batch import open_storage
     from avatar_core.maintenance import verify_run
-    from avatar_core.pipeline import open_storage
     from flows.compose import compose_config
 
     report = verify_run(open_storage(compose_config(overrides or [])), run, repair=repair)
@@ -168,8 +182,8 @@ def gc(
     min_age_days: Annotated[float, typer.Option(help="Younger files stay.", min=0)] = 7.0,
 ) -> None:
     """Delete what no recorded run needs any more."""
+    from avatar_core.batch import open_storage
     from avatar_core.maintenance import collect_garbage
-    from avatar_core.pipeline import open_storage
     from flows.compose import compose_config
 
     storage = open_storage(compose_config(overrides or []))
@@ -178,6 +192,71 @@ def gc(
         console.print(f"{kind}: {count} files, {report.bytes[kind] / 1e6:.1f} MB")
     total = sum(report.bytes.values()) / 1e6
     console.print(f"{total:.1f} MB {'deleted' if delete else 'can go: run again with --delete'}")
+
+
+@app.command()
+def up(
+    host: Annotated[
+        str | None, typer.Option(help="Listen here; 127.0.0.1 if not given.", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="4200 if not given.", min=1, max=65535, show_default=False)
+    ] = None,
+) -> None:
+    """Start a Prefect server in the background: renders then show in its web pages."""
+    from flows.server import start_server
+    from flows.status_view import print_server
+    from flows.worker import ensure_work_pool
+
+    server, fresh = start_server(host, port)
+    ensure_work_pool(server.api_url)
+    print_server(console, server, fresh)
+
+
+@app.command()
+def down() -> None:
+    """Stop the server that `avatar up` started. Its records stay for the next start."""
+    from flows.server import stop_server
+
+    server = stop_server()
+    console.print(f"stopped {server.address}" if server else "no server runs", highlight=False)
+
+
+@app.command()
+def worker(
+    limit: Annotated[int, typer.Option(help="Renders at a time.", min=1, metavar="N")] = 1,
+) -> None:
+    """Run what is scheduled for this machine, until Ctrl-C."""
+    from flows.worker import run_worker
+
+    run_worker(limit)
+
+
+@app.command(hidden=True)
+def execute() -> None:
+    """Run one scheduled render; started by `avatar worker`."""
+    from flows.worker import execute_run
+
+    execute_run()
+
+
+@app.command()
+def status(words: StatusWords = None) -> None:
+    """What became of the recorded runs, or of one: by stage, with the reasons of failures."""
+    from avatar_core.batch import open_storage
+    from avatar_core.status import read_status, summarise_runs
+    from flows.compose import compose_config, is_override
+    from flows.status_view import print_address, print_run, print_runs
+
+    runs = [word for word in words or [] if not is_override(word)]
+    if len(runs) > 1:
+        raise ConfigError(f"give one RUN, or none for all of them; got {len(runs)}: {', '.join(runs)}")
+    storage = open_storage(compose_config([word for word in words or [] if is_override(word)]))
+    if runs:
+        print_run(console, read_status(storage, runs[0]))
+    else:
+        print_runs(console, summarise_runs(storage))
+        print_address(console)
 
 
 @weights_app.command("list")
@@ -236,6 +315,41 @@ def doctor(overrides: Overrides = None) -> None:
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
+def _rendered(config: "Config") -> "Result":
+    """Where nothing is to do, the flow engine stays out: it takes seconds to start."""
+    from avatar_core.batch import open_batch
+    from avatar_core.pipeline import finish_batch, record_run, run_batch
+    from flows.terminal import create_view
+
+    with stoppable() as stopped, create_view(console) as view:
+        batch = open_batch(config, view, stopped)
+        run_id = record_run(batch)
+        if any(stage_plan.to_do for stage_plan in batch.plan().values()):
+            return _run_flow(batch, run_id, view, stopped)
+        return finish_batch(batch, run_id, lambda: run_batch(batch, view, stopped), view)
+
+
+def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
+    from flows.server import server_environment
+    from tasks import set_prefect_defaults
+
+    os.environ.update(server_environment())
+    set_prefect_defaults()
+    from flows.render import Handover, flow_parameters, handed_over, render_dataset
+
+    # Its own log goes to its server; here the view shows what counts.
+    logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
+    handover = Handover(batch, run_id, view, stopped)
+    with handed_over(handover):
+        state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
+    if state.is_cancelled():
+        raise Cancelled("stopped by the user")
+    if handover.result is None:
+        state.result()  # raises what stopped the flow
+    assert handover.result
+    return handover.result
+
+
 def _configured(
     words: Sequence[str],
     limit: int | None,
@@ -269,7 +383,7 @@ def _configured(
 
 
 def _copy_video(config: "Config", result: "Result", output: Path) -> None:
-    from avatar_core.pipeline import batch_name, open_storage
+    from avatar_core.batch import batch_name, open_storage
 
     clip = result.metadata.iloc[0]
     path = f"datasets/{batch_name(config)}/{clip['file_name']}"
@@ -277,12 +391,12 @@ def _copy_video(config: "Config", result: "Result", output: Path) -> None:
     console.print(Text(f"written to {output}"), soft_wrap=True)
 
 
-def _exit_for(result: "Result", config: "Config") -> None:
-    if result.failed_fraction > config.max_failed_fraction:
+def _exit_for(result: "Result") -> None:
+    if not result.ok:
         failed, total = len(result.failures), len(result.metadata)
         errors.print(
             f"{failed} of {total} clips failed; "
-            f"max_failed_fraction={config.max_failed_fraction:g} allows fewer"
+            f"max_failed_fraction={result.max_failed_fraction:g} allows fewer"
         )
         raise typer.Exit(EXIT_FAILED_ROWS)
 

@@ -22,7 +22,6 @@ from avatar_core.errors import AvatarError, Cancelled
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Stage
 from avatar_core.stages.registry import create_stages
-from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
 from flows.queues import Job, JobResult, Row, shared_number
 
@@ -60,7 +59,7 @@ class _Worker:
         self._connection = connection
         self._cancelled = cancelled
         self._sending = threading.Lock()
-        self._opened: dict[str, tuple[_WatchedStorage, dict[str, Stage]]] = {}
+        self._opened: dict[str, tuple[Storage, dict[str, Stage]]] = {}
         self._told_s = 0.0
         self.item_key: str | None = None
         for name in ("avatar_core", "flows"):
@@ -84,13 +83,11 @@ class _Worker:
 
     def _work(self, message: bytes) -> JobResult:
         rows: list[Row] = []
-        storage: _WatchedStorage | None = None
+        committed: list[Row] = []
         self._told_s, self.item_key = 0.0, None
         try:
             number, device, job = pickle.loads(message)
             storage, stages = self._open(job)
-            storage.release()
-            storage.watch(job.stage)
             run_shard(
                 storage,
                 stages[job.stage],
@@ -100,17 +97,18 @@ class _Worker:
                 cancelled=lambda: self._cancelled[0] >= number,
                 on_progress=self._progress,
                 on_row=lambda row: self._keep(row, rows),
+                on_commit=lambda: committed.extend(rows),
             )
         except Exception as error:
-            return _failed(error, rows if storage and storage.committed else [])
-        return JobResult(rows=tuple(rows))
+            return _failed(error, committed)
+        return JobResult(rows=tuple(committed))
 
-    def _open(self, job: Job) -> "tuple[_WatchedStorage, dict[str, Stage]]":
+    def _open(self, job: Job) -> tuple[Storage, dict[str, Stage]]:
         settings = [job.root, job.options, job.cache_dir, job.cache_bytes, job.backend]
         name = json.dumps(settings, sort_keys=True, default=str)
         if name not in self._opened:
             cache_dir = Path(job.cache_dir) if job.cache_dir else None
-            storage = _WatchedStorage(job.root, job.options, cache_dir, job.cache_bytes)
+            storage = Storage(job.root, job.options, cache_dir, job.cache_bytes)
             self._opened[name] = storage, create_stages(create_backend(job.backend))
         return self._opened[name]
 
@@ -138,20 +136,6 @@ def _failed(error: Exception, rows: Sequence[Row]) -> JobResult:
         keys=tuple(getattr(error, "keys", ())),
         cancelled=isinstance(error, Cancelled),
     )
-
-
-class _WatchedStorage(Storage):
-    """Knows whether the shard at hand was committed: `run_shard` raises also after that."""
-
-    committed = False
-    _manifests = ""
-
-    def watch(self, stage: str) -> None:
-        self.committed, self._manifests = False, manifest_folder(stage)
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        super().write_bytes(path, data)
-        self.committed |= path.startswith(self._manifests)
 
 
 class _PipeHandler(logging.Handler):

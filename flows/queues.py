@@ -10,6 +10,7 @@ import logging
 import mmap
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 from avatar_core.errors import ConfigError
@@ -314,6 +316,8 @@ class _Child:
         self._process.stdin.close()
         try:
             self._process.wait(_END_TIMEOUT_S)
+            for folder in Path(tempfile.gettempdir()).glob(f"avatar-{self.pid}-*"):
+                shutil.rmtree(folder, ignore_errors=True)  # what it was working on
         except subprocess.TimeoutExpired:
             log.error("process %d was killed and does not end; its device may need a reset", self.pid)
 

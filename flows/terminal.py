@@ -18,7 +18,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from avatar_core.pipeline import Batch, Estimate
+from avatar_core.batch import Batch
+from avatar_core.pipeline import Estimate
 from avatar_core.progress import Observer
 
 ROWS_SHOWN = 40

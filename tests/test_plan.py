@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from avatar_core.pipeline import Batch, open_batch
+from avatar_core.batch import Batch, open_batch
 from avatar_core.plan import STAGES, first_failure, shards
 from avatar_core.stages.base import ItemSpec
 from tests.sample_rows import Rendered

@@ -217,7 +217,7 @@ def choose(
     if not faces:
         raise InputError(
             f"no face found in the picture (needs {count}); use a picture with a clearly visible face of "
-            "at least 40 pixels, or set face.required=false"
+            "at least face.min_face pixels, or set face.required=false"
         )
     if len(faces) < count:
         raise InputError(

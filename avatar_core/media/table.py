@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 
 from avatar_core.errors import InputError
 from avatar_core.media.records import REQUIRED, Record, parse_records
@@ -80,9 +81,17 @@ def read_table(
 
 def parse_rows(values: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     """Rows that are given as such, not in a file; the same columns and rules."""
-    records = [Record(dict(row), dict(row)) for row in values]
+    plain = [{name: _plain(value) for name, value in row.items()} for row in values]
+    records = [Record(row, row) for row in plain]
     _check_required(records)
     return [_row(index, record) for index, record in enumerate(records)]
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, numpy's numbers as Python's: what a data frame hands over."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes:

@@ -1,5 +1,6 @@
 """Reference: the picture at the size of the video, as the backend wants it. Faces are chosen here."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from avatar_core.backends.base import Picture
-from avatar_core.config import FaceConfig, InputConfig
+from avatar_core.config import FaceConfig
 from avatar_core.media.face import Face, choose
 from avatar_core.media.image import ImageLimits, fit, load_image
 from avatar_core.stages.base import BackendStage, Item, Output, Report
@@ -36,7 +37,7 @@ class ReferenceStage(BackendStage):
     ) -> Output:
         found = item.inputs["face"][0]
         faces = faces_from_tensors(found.tensors)
-        if faces or config.required:
+        if config.required or len(faces) >= config.speakers:
             faces = choose(faces, config.rule, config.boxes or None, config.speakers)
         picture = load_fitted(item.assets["image"][0], config.max_side)
         height, width = picture.shape[:2]
@@ -50,7 +51,7 @@ class ReferenceStage(BackendStage):
 
 def load_fitted(path: Path, max_side: int) -> Picture:
     """The upright picture at the size of the video. Ingest and face have checked it: no limits here."""
-    return fit(load_image(path, ImageLimits(max_pixels=2 * InputConfig.max_pixels, min_side=2)), max_side)
+    return fit(load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2)), max_side)
 
 
 def _scaled(face: Face, scale: float) -> Face:

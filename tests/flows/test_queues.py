@@ -9,18 +9,18 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from avatar_core.batch import Batch, open_batch
+from avatar_core.clips import STAGES
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError
-from avatar_core.pipeline import Batch, open_batch
-from avatar_core.plan import STAGES
 from avatar_core.run import run_shard
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.storage import Storage
@@ -92,7 +92,8 @@ def batch(rendered: Rendered, store: Path) -> Batch:
     return open_batch(parse(Config, {"table": str(rendered.table), "storage": {"root": str(store)}}))
 
 
-def job_of(batch: Batch, stage: str, items: tuple[ItemSpec, ...]) -> Job:
+def job_of(batch: Batch, stage: str, wanted: Sequence[ItemSpec]) -> Job:
+    items = tuple(wanted)
     inputs = {
         upstream: {
             key: batch.results[upstream].ok(key) or {} for item in items for key in item.inputs[upstream]
@@ -190,10 +191,15 @@ def test_a_question_to_the_terminal_gets_no_answer(queue: LocalQueue, tmp_path: 
     assert ask(queue, tmp_path)["stdin"] == ""
 
 
-def test_a_gpu_queue_computes_on_the_gpu_unless_it_pretends() -> None:
-    assert LocalQueue("gpu-0", "gpu").device == "cuda"
-    assert LocalQueue("gpu-0", "gpu", pretend=True).device == "cpu"
-    assert LocalQueue("cpu-0", "cpu").device == "cpu"
+@pytest.mark.parametrize(
+    ("kind", "pretend", "device"), [("gpu", False, "cuda"), ("gpu", True, "cpu"), ("cpu", False, "cpu")]
+)
+def test_a_gpu_queue_computes_on_the_gpu_unless_it_pretends(
+    kind: Literal["gpu", "cpu"], pretend: bool, device: str
+) -> None:
+    queue = LocalQueue("any", kind, pretend=pretend)
+    queue.stop()
+    assert queue.device == device
 
 
 def test_gpus_are_counted_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +213,16 @@ def test_gpus_are_counted_among_the_visible_ones(monkeypatch: pytest.MonkeyPatch
             assert f"CUDA_VISIBLE_DEVICES={device}" in started_with
 
 
-def test_storage_options_are_not_shown(tmp_path: Path) -> None:
-    job = Job(str(tmp_path), {"secret": "s3cr3t"}, None, 1, {"name": "toy"}, "denoise", (), {})
-    assert "s3cr3t" not in repr(job)
+def test_storage_options_reach_the_child_and_nobody_else(
+    queue: LocalQueue, s3_root: str, s3_options: dict[str, Any], tmp_path: Path
+) -> None:
+    items = (toy.toy_item("a", toy.nothing), toy.toy_item("b", toy.break_unexpectedly))
+    job = Job(s3_root, s3_options, str(tmp_path), 2**20, {"name": "toy"}, "denoise", items, {})
+    rows = run(queue, job).rows
+    assert [row["status"] for row in rows] == ["ok", "failed"]
+    assert Storage(s3_root, s3_options, tmp_path).exists(rows[0]["data"])
+    shown = [repr(job), *(Path(f"/proc/{queue.pid}/{file}").read_text() for file in ("cmdline", "environ"))]
+    assert not any(s3_options["secret"] in text for text in shown)
 
 
 # --- what the parent hears
@@ -235,6 +248,7 @@ def test_records_below_the_level_of_the_parent_are_left_out(
     queue: LocalQueue, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
+        caplog.handler.setLevel(logging.NOTSET)  # so that only the logger can leave them out
         run(queue, toy_job(tmp_path, toy.log_levels))
     assert caplog.messages == []
 
@@ -318,7 +332,7 @@ def test_a_child_killed_amid_a_real_shard_is_replaced(batch: Batch, queue: Local
 def test_a_child_killed_while_idle_costs_no_job(queue: LocalQueue, tmp_path: Path) -> None:
     killed = ask(queue, tmp_path)["pid"]
     os.kill(killed, signal.SIGKILL)
-    until(lambda: not exists(killed))
+    os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
     assert ask(queue, tmp_path)["pid"] != killed
 
 

@@ -139,9 +139,11 @@ class PreviewBackend:
         from avatar_core.backends.preview.contours import contours_from_tensors
         from avatar_core.backends.preview.renderer import Renderer
 
-        renderer = Renderer(picture, contours_from_tensors(conditions["reference"]))
-        motion = conditions["denoise"]
-        for i in range(motion["blink"].shape[1]):
+        faces = contours_from_tensors(conditions["reference"])
+        renderer = Renderer(picture, faces)
+        # Without face.required there may be fewer faces than speakers.
+        motion = {name: values[: len(faces)] for name, values in conditions["denoise"].items()}
+        for i in range(conditions["denoise"]["blink"].shape[1]):
             yield renderer.frame(
                 motion["mouth_open"][:, i],
                 motion["mouth_wide"][:, i],

@@ -19,6 +19,7 @@ HEIGHT_UNIT = 0.45  # of the eye-mouth distance
 ACROSS = np.linspace(-0.96, 0.96, 11)  # where the inner lips' points stand, in half mouth widths
 MIDDLE = 5  # index of a lip's middle point
 LIP_ROWS = 25  # about the thickness of a lip in the strip
+SHADOW_BELOW, SHADOW_HEIGHT = 0.1, 0.2  # height units: a gap lower and narrower than this is a shadow
 SEAM_REACH = 0.3  # height units the seam may lie away from the template's
 
 
@@ -79,6 +80,8 @@ def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame) -> LipCurv
     template = frame.heights((lips.upper_inner + lips.lower_inner) / 2)
     seam = np.clip(seam_heights(strip), template - SEAM_REACH, template + SEAM_REACH)
     gap = find_gap(strip, ACROSS)
+    if gap is not None and _is_below_the_lips(seam, gap):
+        gap = None
     upper, lower = (frame.inner_curve(h) for h in ((seam, seam) if gap is None else opened(seam, gap)))
     return LipCurves(
         upper,
@@ -86,6 +89,12 @@ def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame) -> LipCurv
         upper + (lips.upper_outer - lips.upper_inner),
         lower + (lips.lower_outer - lips.lower_inner),
     )
+
+
+def _is_below_the_lips(seam: Points, gap: tuple[Points, Points]) -> bool:
+    """A low and narrow gap under a closed mouth is the shadow of the lower lip."""
+    top, bottom = gap[0][MIDDLE], gap[1][MIDDLE]
+    return bool(top - seam[MIDDLE] > SHADOW_BELOW and bottom - top < SHADOW_HEIGHT)
 
 
 def lip_window(frame: MouthFrame, lips: LipCurves) -> tuple[float, float]:

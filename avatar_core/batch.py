@@ -1,0 +1,252 @@
+"""A configuration becomes a batch: its rows, what they name taken into the store, and its clips."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from avatar_core.backends.base import Backend, create_backend
+from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
+from avatar_core.config import Config, nearest, parse
+from avatar_core.errors import ConfigError, InputError
+from avatar_core.media.source import stat_source
+from avatar_core.media.table import TableRow, parse_rows, read_table, resolve_uri
+from avatar_core.plan import StagePlan, make_plan, shards
+from avatar_core.progress import Observer, Silent
+from avatar_core.run import run_shard
+from avatar_core.stages.base import Asset, ItemSpec, Stage
+from avatar_core.stages.ingest import IngestStage, ingest_config, source_policy
+from avatar_core.stages.registry import create_stages
+from avatar_core.store.catalog import Catalog, drop, load_catalog
+from avatar_core.store.keys import config_values, digest, item_key, new_id
+from avatar_core.store.storage import Storage
+
+INGEST_SECONDS = 0.05
+"""Guess per file: only sizes shards."""
+
+
+@dataclass
+class StageResults:
+    """Manifest rows of one stage: what the store held at the start and what this run added."""
+
+    catalog: Catalog
+    fresh: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def has(self, key: str) -> bool:
+        row = self.fresh.get(key)
+        return row["status"] == "ok" if row is not None else key in self.catalog
+
+    def ok(self, key: str) -> Mapping[str, Any] | None:
+        row = self.fresh.get(key)
+        if row is not None:
+            return row if row["status"] == "ok" else None
+        return self.catalog.get(key)
+
+    def failure(self, key: str) -> Mapping[str, Any] | None:
+        row = self.fresh.get(key)
+        if row is not None:
+            return row if row["status"] == "failed" else None
+        return self.catalog.failure(key)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.fresh[row["key"]] = row
+
+
+@dataclass
+class Batch:
+    """A table after ingest: its clips and what is known of their items."""
+
+    config: Config
+    name: str
+    storage: Storage
+    backend: Backend
+    stages: dict[str, Stage]
+    clips: Clips
+    results: dict[str, StageResults]
+
+    def plan(self) -> dict[str, StagePlan]:
+        return make_plan(self.clips, self.results, retry_failed=self.config.retry_failed)
+
+
+def open_batch(
+    config: Config | Mapping[str, Any],
+    observer: Observer | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Batch:
+    """Read the table and ingest its pictures and recordings; all keys follow from that."""
+    config = located(config if isinstance(config, Config) else parse(Config, config))
+    observer = observer or Silent()
+    backend = create_backend(config.backend).resolve()
+    rows = read_rows(config)
+    names, warnings = clip_names(rows, numbered=config.takes > 1 or config.audio.max_duration_s is not None)
+    for warning in warnings:
+        observer.warning(warning)
+    rows, names = select(rows, names, config)
+    storage = open_storage(config)
+    stages = create_stages(backend)
+    results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
+    sources = ingest(storage, rows, config, results["ingest"], observer, cancelled)
+    clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
+    batch = Batch(config, batch_name(config), storage, backend, stages, clips, results)
+    _drop_lost_videos(batch)
+    return batch
+
+
+def take_in_again(batch: Batch, observer: Observer, cancelled: Callable[[], bool]) -> None:
+    """Ingest what is missing of the batch once more; the clips follow from what the sources hold now."""
+    rows = batch.clips.rows
+    sources = ingest(batch.storage, rows, batch.config, batch.results["ingest"], observer, cancelled)
+    builder = ClipBuilder(batch.config, batch.backend, batch.stages, sources)
+    batch.clips = Clips(builder, rows, batch.clips.names)
+
+
+def forget(batch: Batch, owners: Iterable[str]) -> None:
+    """Hide damaged results (`<stage>:<key>`), so that they are computed again."""
+    by_stage: dict[str, set[str]] = {}
+    for owner in owners:
+        stage, _, key = owner.partition(":")
+        by_stage.setdefault(stage, set()).add(key)
+    for stage, keys in by_stage.items():
+        drop(batch.storage, stage, keys, load_catalog(batch.storage, stage))
+        batch.results[stage] = StageResults(load_catalog(batch.storage, stage))
+
+
+def open_storage(config: Config) -> Storage:
+    cache_dir = Path(config.runtime.cache_dir).expanduser() if config.runtime.cache_dir else None
+    return Storage(config.storage.root, config.storage.options, cache_dir, config.runtime.cache_bytes)
+
+
+def batch_name(config: Config) -> str:
+    """The dataset's name: `config.name`, else the stem of the table."""
+    if config.name:
+        return slug(config.name)
+    return slug(Path(config.table).stem) if config.table else "clips"
+
+
+def located(config: Config) -> Config:
+    """The same batch with absolute paths, so that its record holds from any folder."""
+    here = str(Path.cwd() / "rows")
+    if config.table and "://" not in config.table:
+        config = dataclasses.replace(config, table=str(Path(config.table).resolve()))
+    rows = tuple({name: _located(name, value, here) for name, value in row.items()} for row in config.rows)
+    return dataclasses.replace(config, rows=rows)
+
+
+def _located(name: str, value: Any, here: str) -> Any:
+    is_path = name in ("image", "audio", "audio_2") and isinstance(value, str | os.PathLike) and value
+    return resolve_uri(os.fspath(value), here) if is_path else value
+
+
+def read_rows(config: Config) -> list[TableRow]:
+    """The rows of the batch, with pictures and recordings as paths or URIs that hold from anywhere."""
+    if config.table:
+        table, remote = config.table, "://" in config.table
+        rows = read_table(table, storage_options=config.storage.options if remote else None)
+    elif config.rows:
+        table = str(Path.cwd() / "rows")
+        rows = parse_rows(config.rows)
+    else:
+        raise ConfigError("nothing to render: give a table (`table=batch.csv`) or `rows`")
+    return [
+        dataclasses.replace(
+            row,
+            image=resolve_uri(row.image, table),
+            audio=resolve_uri(row.audio, table),
+            audio_2=resolve_uri(row.audio_2, table) if row.audio_2 else None,
+        )
+        for row in rows
+    ]
+
+
+def select(
+    rows: Sequence[TableRow], names: Sequence[str], config: Config
+) -> tuple[list[TableRow], list[str]]:
+    """The rows that `only` and `limit` leave, with their names. Raises `ConfigError` for an unknown name."""
+    chosen: Sequence[int] = range(len(rows))
+    if config.only:
+        known = set(names) | {row.name for row in rows if row.name}
+        for wanted in config.only:
+            if wanted not in known:
+                raise ConfigError(f"no row is called `{wanted}`{nearest(wanted, sorted(known))}")
+        chosen = [i for i in chosen if names[i] in config.only or rows[i].name in config.only]
+    chosen = chosen[: config.limit]
+    return [rows[i] for i in chosen], [names[i] for i in chosen]
+
+
+def ingest(
+    storage: Storage,
+    rows: Iterable[TableRow],
+    config: Config,
+    results: StageResults,
+    observer: Observer,
+    cancelled: Callable[[], bool],
+) -> dict[str, Source]:
+    """Every picture and recording of the rows, by `<column>:<uri>`, taken into the store once."""
+    kinds: dict[str, tuple[Literal["image", "audio"], str]] = {}
+    for row in rows:
+        if not row.error:
+            kinds[f"image:{row.image}"] = ("image", row.image)
+            kinds |= {f"audio:{uri}": ("audio", uri) for uri in (row.audio, row.audio_2) if uri}
+    sources: dict[str, Source] = {}
+    specs: dict[str, ItemSpec] = {}
+    for name, (kind, uri) in kinds.items():
+        try:
+            specs[name] = _ingest_item(kind, uri, config)
+        except InputError as error:
+            sources[name] = Source(error=str(error))
+    # A failed ingest may pass when the file was mended in place, so only successes are reused.
+    missing = {spec.key: spec for spec in specs.values() if not results.has(spec.key)}
+    observer.stage_started("ingest", items=len(kinds), cached=len(specs) - len(missing), to_do=len(missing))
+    stage = IngestStage()
+    record = recorder(stage.name, results, observer)
+    for shard in shards(list(missing.values()), INGEST_SECONDS, config.runtime.shard_seconds):
+        run_shard(storage, stage, shard, {}, cancelled=cancelled, on_row=record)
+    return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
+
+
+def recorder(stage: str, results: StageResults, observer: Observer) -> Callable[[dict[str, Any]], None]:
+    def record(row: dict[str, Any]) -> None:
+        results.add(row)
+        observer.item_ended(stage, row)
+
+    return record
+
+
+def _ingest_item(kind: Literal["image", "audio"], uri: str, config: Config) -> ItemSpec:
+    settings = ingest_config(kind, config)
+    stat = stat_source(uri, source_policy(settings))
+    # A server that tells no version may serve another file next time: such a source is read every time.
+    identity = [stat.uri, str(stat.size), stat.version or new_id()]
+    key = item_key(
+        IngestStage.name, IngestStage.version, digest(config_values(settings)), "", {"source": identity}
+    )
+    return ItemSpec(key, settings, source=uri)
+
+
+def _source(key: str, results: StageResults) -> Source:
+    row = results.ok(key)
+    if row is not None:
+        return Source(Asset(key, row["sha256"], row["data"]), row)
+    failure = results.failure(key)
+    assert failure is not None
+    return Source(error=failure["error"])
+
+
+def _drop_lost_videos(batch: Batch) -> None:
+    """A finished video that is gone, or has another size, is rendered again."""
+    results, clips = batch.results["decode"], batch.clips
+    keys = (clips.key("decode", i) for i in range(len(clips)) if i not in clips.rejected)
+    finished = list(dict.fromkeys(key for key in keys if results.has(key)))
+    if not finished:
+        return
+    kept = batch.storage.list("stages/decode/data")
+    rows = results.catalog.select(finished).select(["key", "data", "bytes"]).to_pydict()
+    lost = [
+        key
+        for key, path, size in zip(*rows.values(), strict=True)
+        if path not in kept or kept[path].size != size
+    ]
+    if lost:
+        forget(batch, [f"decode:{key}" for key in lost])

@@ -1,0 +1,121 @@
+"""What became of recorded runs, read from their plans and what the store holds now. Ingests nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+
+from avatar_core.clips import STAGES
+from avatar_core.runs import find_run, list_runs, read_plan, run_name
+from avatar_core.store.catalog import Catalog, load_catalog
+from avatar_core.store.storage import Storage
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Numbers of clips; `to_do` have neither a video nor a failure."""
+
+    id: str
+    name: str
+    started: datetime
+    clips: int
+    ok: int
+    failed: int
+    to_do: int
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Numbers of items that the run's clips need together.
+
+    `to_do` are missing and belong to a clip that is still to do. The rest is neither in the store nor
+    wanted: behind a failure, or in front of a finished video.
+    """
+
+    stage: str
+    items: int
+    cached: int
+    to_do: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class ClipFailure:
+    name: str
+    row: int
+    stage: str
+    error: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`dataset` is the folder or URI, None before anything was published there."""
+
+    summary: RunSummary
+    dataset: str | None
+    stages: tuple[StageStatus, ...]
+    failures: tuple[ClipFailure, ...]
+
+
+def summarise_runs(storage: Storage, latest: int | None = 20) -> list[RunSummary]:
+    """The recorded runs, newest first."""
+    ids = list_runs(storage)[::-1][:latest]
+    catalogs = _catalogs(storage) if ids else {}
+    return [_summary(run_id, _outcomes(read_plan(storage, run_id), catalogs)) for run_id in ids]
+
+
+def read_status(storage: Storage, name_or_id: str) -> RunStatus:
+    """Raises `StoreError` if there is no such run."""
+    run = find_run(storage, name_or_id)
+    catalogs = _catalogs(storage)
+    clips = read_plan(storage, run.id)
+    clips["outcome"] = _outcomes(clips, catalogs)
+    published = storage.exists(f"datasets/{run.name}/metadata.parquet")
+    return RunStatus(
+        _summary(run.id, clips["outcome"]),
+        f"{storage.uri}/datasets/{run.name}" if published else None,
+        tuple(
+            _stage(stage, clips, catalogs[stage]) for stage in STAGES if clips[f"{stage}_key"].notna().any()
+        ),
+        tuple(_failures(clips, catalogs)),
+    )
+
+
+def _catalogs(storage: Storage) -> dict[str, Catalog]:
+    return {stage: load_catalog(storage, stage) for stage in STAGES}
+
+
+def _outcomes(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> pd.Series:
+    """By clip: `ok`, `to do`, or the stage that failed first."""
+    conditions: list[Sequence[bool] | pd.Series] = [
+        clips["error"].notna(),
+        clips["decode_key"].isin(catalogs["decode"].ok_keys()),
+    ]
+    conditions += [clips[f"{stage}_key"].isin(catalogs[stage].failed_keys()) for stage in STAGES]
+    outcomes = np.select(conditions, ["ingest", "ok", *STAGES], "to do")
+    return pd.Series(outcomes, clips.index)
+
+
+def _summary(run_id: str, outcomes: pd.Series) -> RunSummary:
+    ok, to_do = int((outcomes == "ok").sum()), int((outcomes == "to do").sum())
+    started = datetime.strptime(run_id.split("-")[-2], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    clips = len(outcomes)
+    return RunSummary(run_id, run_name(run_id), started, clips, ok, clips - ok - to_do, to_do)
+
+
+def _stage(stage: str, clips: pd.DataFrame, catalog: Catalog) -> StageStatus:
+    keys = clips[f"{stage}_key"]
+    known, failed = keys.isin(catalog.ok_keys()), keys.isin(catalog.failed_keys())
+    wanted = keys[(clips["outcome"] == "to do") & ~known]
+    return StageStatus(stage, keys.nunique(), keys[known].nunique(), wanted.nunique(), keys[failed].nunique())
+
+
+def _failures(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> list[ClipFailure]:
+    failures = []
+    for clip in clips[~clips["outcome"].isin(["ok", "to do"])].to_dict("records"):
+        stage = clip["outcome"]
+        row = catalogs[stage].failure(clip[f"{stage}_key"]) if stage != "ingest" else None
+        failures.append(ClipFailure(clip["name"], clip["row"], stage, row["error"] if row else clip["error"]))
+    return failures

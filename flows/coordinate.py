@@ -1,0 +1,526 @@
+"""Feeds the queues with shards of a batch until all is done. No Prefect here: bare threads can submit too."""
+
+import builtins
+import logging
+import os
+import queue
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avatar_core import errors
+from avatar_core.batch import Batch, forget, take_in_again
+from avatar_core.config import Config
+from avatar_core.errors import BackendError, Cancelled, StoreError
+from avatar_core.pipeline import GUESSED_SECONDS, MAX_PASSES, consumed_rows, measured_rate
+from avatar_core.plan import StagePlan
+from avatar_core.progress import Observer
+from avatar_core.schedule import Schedule, Shard, StageInfo
+from avatar_core.stages.base import ItemSpec
+from avatar_core.store.manifest import write_manifest
+from flows.queues import Job, JobResult, LocalQueue
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Deaths of queues that one item may cause, or one queue have outside of any item."""
+MAX_GIVEN_UP = 3
+"""Shards in a row that no retry could save before the run ends: then nothing works, not only they."""
+RETRY_DELAY_S = 2.0  # the first; each further one is four times as long
+POLL_S = 0.2
+
+NOUNS = {"face": "picture", "reference": "picture", "audio": "recording", "denoise": "clip", "decode": "clip"}
+
+Submit = Callable[[str, str, str, Callable[[], JobResult]], None]
+"""`submit(stage, queue, label, call)` has `call` made in a thread of its own, and returns at once."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is done. `item_timeout_s`: a queue silent for so long is replaced."""
+
+    gpus: tuple[int, ...]
+    pretend: bool
+    cpus: int
+    item_timeout_s: float
+    retries: int
+    budget_hours: float | None
+
+
+def run_settings(config: Config) -> RunSettings:
+    runtime = config.runtime
+    gpus: Any = getattr(runtime, "gpus", "auto")
+    return RunSettings(
+        gpus=tuple(visible_gpus() if gpus == "auto" else gpus),
+        pretend=getattr(runtime, "pretend", False),
+        cpus=getattr(runtime, "cpus", None) or len(os.sched_getaffinity(0)),
+        item_timeout_s=getattr(runtime, "item_timeout_s", 1800.0),
+        retries=getattr(runtime, "retries", 2),
+        budget_hours=getattr(config, "budget_hours", None),
+    )
+
+
+def visible_gpus() -> Sequence[int]:
+    """Positions of the GPUs that this process may use."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return range(len([name for name in allowed.split(",") if name.strip() not in ("", "-1")]))
+    return range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+@dataclass
+class Tally:
+    """What a stage has and what this run did; `items` and `cached` as they were at its start."""
+
+    items: int
+    cached: int
+    to_do: int = 0
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+    def count(self, row: Mapping[str, Any]) -> None:
+        self.done += row["status"] == "ok"
+        self.failed += row["status"] == "failed"
+        self.seconds += row.get("seconds") or 0.0
+
+
+class Work:
+    """The items of a plan that are to do, numbered through all stages, as arrays for the schedule.
+
+    `edges` has shape (m, 2), producer and consumer.
+    """
+
+    def __init__(self, plan: Mapping[str, StagePlan]) -> None:
+        self._to_do = {stage: stage_plan.to_do for stage, stage_plan in plan.items() if stage_plan.to_do}
+        self._first: dict[str, int] = {}
+        keys: dict[str, NDArray[np.int64]] = {}
+        work, stage_of, edges = array("d"), array("i"), [np.empty((0, 2), np.int64)]
+        for position, (stage, to_do) in enumerate(self._to_do.items()):
+            self._first[stage] = len(work)
+            columns = _Columns(len(work))
+            for spec in to_do:
+                columns.add(spec)
+            work.extend(columns.work)
+            stage_of.extend([position] * len(to_do))
+            keys[stage] = np.asarray(columns.keys)
+            edges += [columns.edges(upstream, keys[upstream], self._first[upstream]) for upstream in keys]
+        self.work, self.stage_of = np.asarray(work), np.asarray(stage_of)
+        self.edges = np.concatenate(edges)
+
+    @property
+    def stages(self) -> list[str]:
+        return list(self._to_do)
+
+    def specs(self, shard: Shard) -> list[ItemSpec]:
+        to_do, first = self._to_do[shard.stage], self._first[shard.stage]
+        return [to_do[item - first] for item in shard.items]
+
+    def example(self, stage: str) -> ItemSpec:
+        return self._to_do[stage][0]
+
+
+class _Columns:
+    """Items of one stage as numbers: a key is its 64-bit hash, since a million strings take memory."""
+
+    def __init__(self, first: int) -> None:
+        self.keys, self.work = array("q"), array("d")
+        self._first = first
+        self._consumers: dict[str, array[int]] = {}
+        self._consumed: dict[str, array[int]] = {}
+
+    def add(self, spec: ItemSpec) -> None:
+        number = self._first + len(self.keys)
+        self.keys.append(hash(spec.key))
+        self.work.append(spec.work)
+        for stage, keys in spec.inputs.items():
+            consumers = self._consumers.setdefault(stage, array("q"))
+            consumed = self._consumed.setdefault(stage, array("q"))
+            for key in keys:
+                consumers.append(number)
+                consumed.append(hash(key))
+
+    def edges(self, upstream: str, keys: NDArray[np.int64], first: int) -> NDArray[np.int64]:
+        consumed = np.asarray(self._consumed.get(upstream, array("q")))
+        consumers = np.asarray(self._consumers.get(upstream, array("q")))
+        order = np.argsort(keys)
+        places = np.minimum(np.searchsorted(keys, consumed, sorter=order), len(keys) - 1)
+        producers = order[places]
+        to_do = keys[producers] == consumed
+        return np.stack([producers[to_do] + first, consumers[to_do]], axis=1)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    shard: Shard
+    numbers: Mapping[str, int]  # of the items, by key
+    specs: Sequence[ItemSpec]
+
+
+@dataclass
+class _Trouble:
+    """What went wrong so far: whose fault it was, and what is set aside until the next pass."""
+
+    deaths: Counter[str] = field(default_factory=Counter)  # by item key, or queue name
+    given_up: int = 0  # shards, since the last one that went well
+    damaged: set[str] = field(default_factory=set)  # `<stage>:<key>` of stored results
+    fatal: errors.AvatarError | None = None
+
+
+class Coordinator:
+    """One run of a batch. `tallies` may be looked at from other threads while it goes on."""
+
+    def __init__(self, batch: Batch, settings: RunSettings, observer: Observer) -> None:
+        self.batch = batch
+        self.tallies: dict[str, Tally] = {}
+        self.undone = 0
+        """Items left by the budget."""
+        self._queues: Mapping[str, LocalQueue] = {}
+        self._settings = settings
+        self._observer = observer
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._in_flight: dict[int, _InFlight] = {}
+        self._numbers: Counter[str] = Counter()  # shards so far, by stage
+        self._trouble = _Trouble()
+        self._stopping = threading.Event()
+        self._over_budget = False
+        self._start_s = time.monotonic()
+        self._work: Work
+        self._schedule: Schedule | None = None
+
+    def run(
+        self,
+        queues: Mapping[str, LocalQueue],
+        submit: Submit,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Raises `Cancelled` once everything has stopped, or the error that makes going on pointless."""
+        self._queues = queues
+        for _ in range(MAX_PASSES):
+            self._plan()
+            self._drive(submit, cancelled)
+            if not self._trouble.damaged or self._over_budget:
+                return
+            self._forget_damaged(cancelled)
+        raise StoreError(
+            f"results in {self.batch.storage.uri} are damaged again after being recomputed {MAX_PASSES} "
+            "times; check the disk or bucket"
+        )
+
+    def _forget_damaged(self, cancelled: Callable[[], bool]) -> None:
+        damaged, self._trouble.damaged = self._trouble.damaged, set()
+        self._observer.warning(f"{len(damaged)} stored results were damaged or missing: computing them again")
+        forget(self.batch, damaged)
+        if any(owner.startswith("ingest:") for owner in damaged):
+            take_in_again(self.batch, self._observer, cancelled)
+
+    @property
+    def progress(self) -> float:
+        """The part of the expected time that is over, 0 to 1."""
+        if self._schedule is None:
+            return 0.0
+        elapsed_s, left_s = time.monotonic() - self._start_s, self._schedule.forecast_seconds
+        return elapsed_s / (elapsed_s + left_s) if left_s else 1.0
+
+    def clip_name(self, key: str) -> str | None:
+        """The first clip that needs an item which is being worked on."""
+        for flight in list(self._in_flight.values()):
+            if key in flight.numbers:
+                keys = self.batch.clips.keys(flight.shard.stage)
+                return self.batch.clips[int((keys == bytes.fromhex(key)).argmax())].name
+        return None
+
+    # --- planning
+
+    def _plan(self) -> None:
+        plan = self.batch.plan()
+        for stage, stage_plan in plan.items():
+            items, cached, to_do = stage_plan.items, stage_plan.cached, len(stage_plan.to_do)
+            self._observer.stage_started(stage, items=items, cached=cached, to_do=to_do)
+            self.tallies.setdefault(stage, Tally(items, cached)).to_do += to_do
+        self.undone = 0
+        self._work = Work(plan)
+        self._schedule = Schedule(
+            [self._stage_info(stage) for stage in self._work.stages],
+            self._work.stage_of,
+            self._work.work,
+            self._work.edges,
+            shard_seconds=self.batch.config.runtime.shard_seconds,
+        )
+        for name, local in self._queues.items():
+            self._schedule.add_queue(name, local.kind)
+        self._warn_of_budget()
+
+    def _stage_info(self, name: str) -> StageInfo:
+        stage = self.batch.stages[name]
+        seconds = measured_rate(self.batch.results[name].catalog, "seconds") or GUESSED_SECONDS[name]
+        loads = stage.weights(self._work.example(name).config)
+        return StageInfo(name, "gpu" if stage.queue == "gpu" else "cpu", name if loads else "", seconds)
+
+    # --- driving
+
+    def _drive(self, submit: Submit, cancelled: Callable[[], bool]) -> None:
+        assert self._schedule
+        stopped = False
+        while True:
+            stopped = stopped or cancelled()
+            if stopped or self._trouble.fatal:
+                self._stopping.set()
+                self._cancel()
+            elif not self._over_budget:
+                self._submit_ready(submit)
+            if not self._in_flight:
+                break
+            try:
+                self._events.get(timeout=POLL_S)()
+            except queue.Empty:
+                continue
+        if stopped:
+            raise Cancelled("stopped by the user")
+        if self._trouble.fatal:
+            raise self._trouble.fatal
+        self.undone = sum(c.waiting + c.ready for c in self._schedule.counts.values())
+        if self.undone and not self._over_budget:
+            raise BackendError(f"{self.undone} items are to do and no queue is left that could do them")
+
+    def _cancel(self) -> None:
+        for local in self._queues.values():
+            local.cancel()
+
+    def _submit_ready(self, submit: Submit) -> None:
+        assert self._schedule
+        for name in self._queues:
+            while not self._over_budget and (shard := self._schedule.next(name)) is not None:
+                if self._exceeds_budget(shard):
+                    self._schedule.give_back(shard.id)
+                    self._over_budget = True
+                    self._observer.warning(
+                        f"budget_hours={self._settings.budget_hours:g} is used up: the rest stays undone"
+                    )
+                else:
+                    self._submit(shard, submit)
+
+    def _submit(self, shard: Shard, submit: Submit) -> None:
+        assert self._schedule
+        specs = self._work.specs(shard)
+        numbers = {spec.key: item for spec, item in zip(specs, shard.items, strict=True)}
+        sound = [spec for spec in specs if not self._trouble.damaged.intersection(_owners(spec))]
+        if not sound:
+            self._schedule.ended(shard.id, failed=shard.items)
+            return
+        self._in_flight[shard.id] = _InFlight(shard, numbers, specs)
+        self._numbers[shard.stage] += 1
+        noun = NOUNS.get(shard.stage, "item") + "s" * (len(sound) != 1)
+        label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {len(sound)} {noun}"
+        submit(shard.stage, shard.queue, label, partial(self._call, shard, self._jobs(shard.stage, sound)))
+
+    def _jobs(self, stage: str, specs: Sequence[ItemSpec]) -> list[Job]:
+        """One, and one more for each item that has killed a queue before, so that it takes no other along."""
+        suspects = [spec for spec in specs if spec.key in self._trouble.deaths]
+        others = [spec for spec in specs if spec.key not in self._trouble.deaths]
+        batch, runtime = self.batch, self.batch.config.runtime
+        return [
+            Job(
+                root=batch.config.storage.root,
+                options=batch.config.storage.options,
+                cache_dir=runtime.cache_dir and str(Path(runtime.cache_dir).expanduser()),
+                cache_bytes=runtime.cache_bytes,
+                backend={"name": batch.backend.name, **asdict(batch.backend.config)},
+                stage=stage,
+                items=tuple(items),
+                inputs=consumed_rows(batch, items),
+            )
+            for items in (others, *([suspect] for suspect in suspects))
+            if items
+        ]
+
+    # --- in a thread of `submit`
+
+    def _call(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
+        try:
+            result = self._run(shard, jobs)
+        except BaseException as error:
+            self._events.put(partial(self._broken, shard, error))
+            raise
+        self._events.put(partial(self._ended, shard, result))
+        return result
+
+    def _run(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
+        """Runs the jobs until one goes wrong for good; its result has the rows of all."""
+        rows: list[dict[str, Any]] = []
+        result = JobResult(cancelled=True)
+        for job in jobs:
+            for attempt in range(self._settings.retries + 1):
+                if self._stopping.is_set():
+                    result = JobResult(cancelled=True)
+                    break
+                result = self._queues[shard.queue].run(
+                    job,
+                    item_timeout_s=self._settings.item_timeout_s,
+                    on_progress=partial(self._progressed, shard.stage),
+                )
+                rows += result.rows
+                if not _passes_by_itself(result) or attempt == self._settings.retries:
+                    break
+                log.warning("%s; trying again", result.error)
+                self._stopping.wait(RETRY_DELAY_S * 4**attempt)
+                job = replace(job, items=tuple(i for i in job.items if i.key in result.unfinished))
+            if result.error or result.cancelled:
+                break
+        return replace(result, rows=tuple(rows))
+
+    def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
+        self._events.put(partial(self._observer.item_progress, stage, key, done, total))
+
+    # --- what ended
+
+    def _broken(self, shard: Shard, error: BaseException) -> None:
+        """The thread failed, not the work: a fault of ours, or of whoever submits."""
+        del self._in_flight[shard.id]
+        text = " ".join(str(error).split())
+        self._trouble.fatal = BackendError(f"unexpected {type(error).__name__} beside {shard.stage}: {text}")
+
+    def _ended(self, shard: Shard, result: JobResult) -> None:
+        assert self._schedule
+        flight = self._in_flight[shard.id]
+        ended = {row["key"]: row for row in result.rows}
+        for row in ended.values():
+            self._record(shard.stage, row)
+        left = [spec for spec in flight.specs if spec.key not in ended]
+        set_aside = self._find_fault(shard, result, left)
+        failed = {key for key, row in ended.items() if row["status"] != "ok"} | set_aside
+        again = {spec.key for spec in left} - failed
+        self._measure(shard, ended.values())
+        self._schedule.ended(
+            shard.id,
+            failed=[flight.numbers[key] for key in failed],
+            again=[flight.numbers[key] for key in again],
+        )
+        del self._in_flight[shard.id]
+
+    def _find_fault(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
+        """Keys among the items `left` over that this pass will not try again."""
+        if result.keys:
+            self._trouble.damaged.update(result.keys)
+        damaged = {s.key for s in left if self._trouble.damaged.intersection(_owners(s))}
+        if result.keys and not damaged:
+            return {s.key for s in left}
+        if result.cancelled or result.keys:
+            return damaged
+        if result.died or result.hung:
+            return damaged | self._blame(shard, result, left)
+        if result.error is None:
+            self._trouble.given_up = 0
+            self._trouble.deaths.pop(shard.queue, None)
+            for row in result.rows:
+                self._trouble.deaths.pop(row["key"], None)
+            return damaged
+        if not _passes_by_itself(result):
+            self._trouble.fatal = _raised(result)
+            return damaged
+        return damaged | self._give_up(shard, result, left)
+
+    def _blame(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
+        """An item that hangs, or has killed too many queues, gets a row."""
+        assert self._schedule
+        log.warning("%s: %s", self._named(result.last_item) or shard.stage, result.error)
+        culprit = result.last_item or shard.queue
+        self._trouble.deaths[culprit] += 1
+        too_often = self._trouble.deaths[culprit] >= MAX_DEATHS
+        if result.last_item is None:
+            if too_often:
+                self._schedule.pause(shard.queue)
+                self._observer.warning(f"queue {shard.queue} is given up: {result.error}")
+            return set()
+        if not result.hung and not too_often:
+            return set()
+        return self._fail(shard.stage, [spec for spec in left if spec.key == result.last_item], result)
+
+    def _give_up(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
+        self._trouble.given_up += 1
+        if self._trouble.given_up >= MAX_GIVEN_UP:
+            self._trouble.fatal = _raised(result)
+            return set()
+        return self._fail(shard.stage, left, result)
+
+    def _fail(self, stage: str, specs: Sequence[ItemSpec], result: JobResult) -> set[str]:
+        """Commits failures that the next run tries anew."""
+        rows: list[dict[str, Any]] = [
+            {
+                "key": spec.key,
+                "status": "failed",
+                "retryable": True,
+                "error_type": result.error_type,
+                "error": result.error,
+                "work": spec.work,
+            }
+            for spec in specs
+        ]
+        if rows:
+            write_manifest(self.batch.storage, stage, rows, self.batch.stages[stage].columns)
+        for row in rows:
+            self._record(stage, row)
+        return {spec.key for spec in specs}
+
+    def _record(self, stage: str, row: dict[str, Any]) -> None:
+        self.batch.results[stage].add(row)
+        self.tallies[stage].count(row)
+        self._observer.item_ended(stage, row)
+        if row["status"] == "failed":
+            log.error("%s: %s failed: %s", self._named(row["key"]), stage, row["error"])
+
+    def _named(self, key: str | None) -> str | None:
+        return key and (self.clip_name(key) or key)
+
+    def _measure(self, shard: Shard, rows: Iterable[Mapping[str, Any]]) -> None:
+        assert self._schedule
+        finished = [row for row in rows if row["status"] == "ok"]
+        if finished:
+            seconds = sum(row["seconds"] for row in finished)
+            self._schedule.measured(shard.stage, seconds, sum(row["work"] for row in finished))
+
+    # --- budget
+
+    def _exceeds_budget(self, shard: Shard) -> bool:
+        """Whether the shard would end too late, after what its queue has before it."""
+        if self._settings.budget_hours is None:
+            return False
+        before_s = sum(f.shard.seconds for f in self._in_flight.values() if f.shard.queue == shard.queue)
+        end_s = time.monotonic() - self._start_s + before_s + shard.seconds
+        return end_s > self._settings.budget_hours * 3600
+
+    def _warn_of_budget(self) -> None:
+        assert self._schedule
+        hours, budget_hours = self._schedule.forecast_seconds / 3600, self._settings.budget_hours
+        if budget_hours is not None and hours > budget_hours:
+            self._observer.warning(
+                f"this needs about {hours:.2g} hours, budget_hours={budget_hours:g} allows a part of it"
+            )
+
+
+def _owners(spec: ItemSpec) -> set[str]:
+    """The stored results that an item reads."""
+    owners = {f"{stage}:{key}" for stage, keys in spec.inputs.items() for key in keys}
+    return owners | {f"ingest:{asset.key}" for assets in spec.assets.values() for asset in assets}
+
+
+def _passes_by_itself(result: JobResult) -> bool:
+    """Trouble with a network or disk; not damage, bad weights, or a fault of the code."""
+    if result.error is None or result.keys or result.cancelled or result.died or result.hung:
+        return False
+    kind = getattr(builtins, result.error_type or "", None)
+    return result.error_type == StoreError.__name__ or (isinstance(kind, type) and issubclass(kind, OSError))
+
+
+def _raised(result: JobResult) -> errors.AvatarError:
+    kind = getattr(errors, result.error_type or "", BackendError)
+    return kind(result.error) if issubclass(kind, errors.AvatarError) else BackendError(result.error)

@@ -1,0 +1,261 @@
+"""A Prefect server of the user's own: started in the background, found again, stopped.
+
+Nothing here imports Prefect, so that asking for the server costs a few milliseconds. What runs is kept as
+`server.json` in the state folder, beside the server's log and its database.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from platformdirs import user_state_path
+
+from avatar_core.errors import AvatarError, ConfigError
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 4200
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
+_ANSWER_TIMEOUT_S = 2.0
+_LOG_LINES_SHOWN = 15
+
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # One by one, as is the default, states are stored several times slower than a busy run makes them.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+"""What a variable of the user's own may change."""
+
+_CLIENT_SETTINGS = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE")
+
+
+@dataclass(frozen=True)
+class Server:
+    """`started` tells its process from any other that has or will have the number `pid`."""
+
+    pid: int
+    started: str
+    address: str
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.address}/api"
+
+    @property
+    def alive(self) -> bool:
+        return _start_of(self.pid) == self.started
+
+
+def state_folder() -> Path:
+    folder = os.environ.get("AVATAR_STATE_DIR")
+    return Path(folder).expanduser() if folder else user_state_path("avatar-dataset")
+
+
+def log_path() -> Path:
+    return state_folder() / "server.log"
+
+
+def running_server() -> Server | None:
+    """The server that `start_server` left running, whether or not it answers yet."""
+    try:
+        server = Server(**json.loads(_record_path().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return server if server.alive else None
+
+
+def server_environment() -> dict[str, str]:
+    """PREFECT_API_URL of our server if it answers and the user named no other. Set it before Prefect is
+    imported."""
+    server = None if os.environ.get("PREFECT_API_URL") else running_server()
+    return {"PREFECT_API_URL": server.api_url} if server and answers(server.api_url) else {}
+
+
+def answers(api_url: str) -> bool:
+    """Whether a Prefect server is there. A proxy in the environment is not asked."""
+    url = urlsplit(api_url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    try:
+        connection = kind(url.hostname or "", url.port, timeout=_ANSWER_TIMEOUT_S)
+        connection.request("GET", f"{url.path.rstrip('/')}/health")
+        response = connection.getresponse()
+        return response.status == 200 and response.read(16).strip() == b"true"
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def start_server(
+    host: str | None = None, port: int | None = None, *, timeout_s: float = START_TIMEOUT_S
+) -> tuple[Server, bool]:
+    """The server, and whether it was started just now; it answers on return and outlives this process.
+
+    Raises `ConfigError` where the address cannot be had, `AvatarError` with the end of its log where the
+    server does not come up.
+    """
+    with _changing():
+        server = running_server()
+        if server:
+            _check_same_place(server, host, port)
+            _wait_until_it_answers(server, timeout_s)
+            return server, False
+        server = _launch(host or DEFAULT_HOST, port or DEFAULT_PORT)
+        try:
+            _wait_until_it_answers(server, timeout_s)
+        except BaseException:
+            _end(server, STOP_TIMEOUT_S)
+            _record_path().unlink()
+            raise
+        return server, True
+
+
+def stop_server(*, timeout_s: float = STOP_TIMEOUT_S) -> Server | None:
+    """The server that was stopped, None where none ran."""
+    with _changing():
+        server = running_server()
+        if server:
+            _end(server, timeout_s)
+        _record_path().unlink(missing_ok=True)
+        return server
+
+
+def _launch(host: str, port: int) -> Server:
+    address = _free_address(host, port)
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    folder = state_folder()
+    with log_path().open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,  # away from settings files and packages in the user's folder
+            env=_server_settings(folder, os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    server = Server(process.pid, _start_of(process.pid) or "", address)
+    fresh = folder / "server.json.new"
+    fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")
+    fresh.replace(_record_path())
+    return server
+
+
+def _server_settings(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in environment.items() if name not in _CLIENT_SETTINGS}
+    # A relative address holds for every host name, port and tunnel under which a browser comes.
+    ours = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_UI_API_URL": "/api"}
+    return {**_SETTINGS, **kept, **ours}
+
+
+def _wait_until_it_answers(server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not answers(server.api_url):
+        if not server.alive:
+            raise AvatarError(f"the Prefect server ended before it answered; {_end_of_log()}")
+        if time.monotonic() > deadline:
+            raise AvatarError(
+                f"the Prefect server at {server.address} did not answer for {timeout_s:g} s; stop it with "
+                f"`avatar down`; {_end_of_log()}"
+            )
+        time.sleep(0.1)
+
+
+def _end_of_log() -> str:
+    lines = log_path().read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"the end of {log_path()}:", *lines[-_LOG_LINES_SHOWN:]])
+
+
+def _end(server: Server, timeout_s: float) -> None:
+    """Ends the whole process group, which has the number of the server as long as that lives."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if not server.alive:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        deadline = time.monotonic() + timeout_s
+        while server.alive and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if server.alive:
+        raise AvatarError(f"the Prefect server, process {server.pid}, was killed and does not end")
+
+
+def _free_address(host: str, port: int) -> str:
+    """The address by which this machine reaches a server on `host` and `port`."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(_why_not(host, port, error)) from None
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _why_not(host: str, port: int, error: Exception) -> str:
+    if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+        return (
+            f"no server can listen on host {host}, port {port}: {error}; choose others with --host and --port"
+        )
+    url = f"http://{host}:{port}/api"
+    if answers(url):
+        return (
+            f"port {port} on {host} has a Prefect server that `avatar up` did not start; set "
+            f"PREFECT_API_URL={url} to use it, or choose another port with --port"
+        )
+    return f"port {port} on {host} is taken by another program; choose another port with --port"
+
+
+def _check_same_place(server: Server, host: str | None, port: int | None) -> None:
+    url = urlsplit(server.address)
+    other_host = host not in (None, url.hostname, "0.0.0.0", "::")
+    if other_host or port not in (None, url.port):
+        raise ConfigError(f"a server runs already, at {server.address}; stop it first with `avatar down`")
+
+
+def _record_path() -> Path:
+    return state_folder() / "server.json"
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """One process at a time starts or stops the server."""
+    try:
+        state_folder().mkdir(parents=True, exist_ok=True)
+        lock = (state_folder() / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"the server's folder {state_folder()} cannot be written ({error}); "
+            "choose one with AVATAR_STATE_DIR"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start_of(pid: int) -> str | None:
+    """Boot and clock tick at which a process started; None if it has ended."""
+    try:
+        # The name in brackets may hold spaces; state and start time are fields 3 and 22.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, start = fields.split()[0], fields.split()[19]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return None if state in "ZX" else f"{boot} {start}"

@@ -1,0 +1,119 @@
+"""Deployments on this machine: the work pool `local` and the worker that runs what is scheduled there.
+
+Prefect puts the working directory first on the import path when it loads a flow, so that a package of the
+user's that is called `flows` would be taken for ours. Each run is therefore started by our own command,
+`avatar execute`, which has our package loaded before Prefect looks for the flow.
+"""
+
+import asyncio
+import os
+import runpy
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import flows
+from avatar_core.errors import ConfigError
+from flows.server import server_environment
+
+POOL = "local"
+COMMAND = "avatar execute"
+
+_PACKAGE = "AVATAR_FLOWS_PACKAGE"
+"""Environment variable by which a worker tells its runs which `flows` they must have."""
+
+
+def ensure_work_pool(api_url: str | None = None) -> None:
+    """On that server, or on the one that Prefect's settings name."""
+    from prefect.client.orchestration import SyncPrefectClient, get_client
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    template: dict[str, Any] = ProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["command"]["default"] = COMMAND
+    about = "Renders on this machine. `avatar worker` runs what is scheduled here."
+    pool = WorkPoolCreate(name=POOL, type=ProcessWorker.type, description=about, base_job_template=template)
+    with SyncPrefectClient(api_url) if api_url else get_client(sync_client=True) as client:
+        try:
+            client.create_work_pool(pool)
+        except ObjectAlreadyExists:
+            if client.read_work_pool(POOL).base_job_template != template:
+                client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
+
+
+def run_worker(limit: int) -> None:
+    """Runs what is due, `limit` renders at a time, until a signal comes."""
+    os.environ.update(server_environment())
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "5")
+    os.environ[_PACKAGE] = _package()
+    # The runs must find the `avatar` of this environment, also where it is not activated.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+    ensure_work_pool()
+    asyncio.run(_serve(limit))
+
+
+async def _serve(limit: int) -> None:
+    from prefect.workers.process import ProcessWorker
+
+    worker = ProcessWorker(name=socket.gethostname(), work_pool_name=POOL, limit=limit)
+    take, stopping = worker.get_and_submit_flow_runs, asyncio.Event()
+
+    async def take_unless_stopping() -> list[Any]:
+        return [] if stopping.is_set() else await take()
+
+    async def stop() -> None:
+        for pid in _children():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        while worker.limiter.borrowed_tokens:
+            await asyncio.sleep(0.1)
+        serving.cancel()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            serving.cancel()  # kills the runs
+        else:
+            stopping.set()
+            tasks.append(asyncio.create_task(stop()))
+
+    worker.get_and_submit_flow_runs = take_unless_stopping  # type: ignore[method-assign]
+    serving, tasks = asyncio.ensure_future(worker.start()), list[asyncio.Task[None]]()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    with suppress(asyncio.CancelledError):
+        await serving
+
+
+def _children() -> list[int]:
+    lists = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for path in lists for pid in path.read_text(encoding="ascii").split()]
+
+
+def execute_run() -> None:
+    """Runs in this process the flow run that a worker names in the environment."""
+    if not os.environ.get("PREFECT__FLOW_RUN_ID"):
+        raise ConfigError(
+            "`avatar execute` is what a worker starts for each run; start one with `avatar worker`"
+        )
+    expected = os.environ.get(_PACKAGE, _package())
+    if _package() != expected:
+        raise ConfigError(
+            f"the package `flows` of this run is {_package()}, that of its worker {expected}; "
+            "remove what changes PATH or PYTHONPATH from the deployment's job variables"
+        )
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()  # Ctrl-C goes to the worker alone, which asks its runs to stop just once
+    sys.argv[1:] = []  # where Prefect would look for the run's id first
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+def _package() -> str:
+    return str(Path(flows.__file__ or "").resolve().parent)

@@ -1,0 +1,59 @@
+"""A Prefect server that lives as long as the tests that share it."""
+
+import json
+import os
+import socket
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.server import start_server, stop_server
+from flows.worker import ensure_work_pool
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """`environment` is what a process needs to use it; `folder` holds its state and log."""
+
+    address: str
+    folder: Path
+    environment: dict[str, str] = field(repr=False)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.address}/api/{path}", timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.address}/api/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """Tests that use it are marked `pytest.mark.xdist_group("prefect")`, so that one server serves all."""
+    folder = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AVATAR_STATE_DIR", str(folder / "state"))
+        patch.setenv("PREFECT_HOME", str(folder / "home"))
+        server, _ = start_server(port=free_port())
+        try:
+            ensure_work_pool(server.api_url)
+            clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+            ours = {"PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": server.api_url}
+            yield PrefectServer(server.address, folder / "state", {**clean, **ours})
+        finally:
+            patch.setenv("AVATAR_STATE_DIR", str(folder / "state"))
+            stop_server()

@@ -1,0 +1,353 @@
+"""The coordinator with real queues and without Prefect: shards are submitted to bare threads."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avatar_core.batch import Batch, open_batch
+from avatar_core.errors import BackendError, Cancelled, StoreError
+from avatar_core.pipeline import Result, finish_batch, record_run, render
+from flows import coordinate
+from flows.coordinate import Coordinator, RunSettings, Work, run_settings, visible_gpus
+from flows.queues import LocalQueues
+from tests.sample_rows import (
+    Rendered,
+    Watcher,
+    attempts,
+    data_files,
+    flip_byte,
+    videos,
+    write_recording,
+    write_table,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+SETTINGS = RunSettings(gpus=(), pretend=False, cpus=2, item_timeout_s=60.0, retries=2, budget_hours=None)
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def queues() -> Iterator[LocalQueues]:
+    with LocalQueues(cpus=2) as local:
+        yield local
+
+
+class Run:
+    """One run of a batch; `submitted` has stage, queue and label of its shards."""
+
+    def __init__(self, pool: ThreadPoolExecutor, queues: LocalQueues, watcher: Watcher | None = None) -> None:
+        self.pool, self.queues = pool, queues
+        self.watcher = watcher or Watcher()
+        self.submitted: list[tuple[str, str, str]] = []
+        self.coordinator: Coordinator
+
+    def __call__(
+        self, batch: Batch, cancelled: Callable[[], bool] = lambda: False, **settings: Any
+    ) -> Result:
+        self.coordinator = Coordinator(batch, replace(SETTINGS, **settings), self.watcher)
+        run_id = record_run(batch)
+        return finish_batch(
+            batch, run_id, lambda: self.coordinator.run(self.queues, self._submit, cancelled), self.watcher
+        )
+
+    def _submit(self, stage: str, queue: str, label: str, call: Callable[[], Any]) -> None:
+        self.submitted.append((stage, queue, label))
+        self.pool.submit(call)
+
+
+@pytest.fixture
+def run(threads: ThreadPoolExecutor, queues: LocalQueues) -> Run:
+    return Run(threads, queues)
+
+
+def opened(rendered: Rendered, root: Path, **options: Any) -> Batch:
+    return open_batch({"table": str(rendered.table), "storage": {"root": str(root)}, **options})
+
+
+class Interrupting(Watcher):
+    """Calls `act` once, as soon as a stage is at work."""
+
+    def __init__(self, stage: str, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._stage, self._act = stage, act
+        self._done = False
+
+    def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
+        if stage == self._stage and not self._done:
+            self._done = True
+            self._act()
+
+
+# --- a whole run
+
+
+def test_videos_are_those_of_render(run: Run, rendered: Rendered, tmp_path: Path) -> None:
+    result = run(opened(rendered, tmp_path))
+    assert videos(result.dataset) == videos(rendered.result.dataset)
+    assert run.watcher.counts == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
+    assert {queue for _, queue, _ in run.submitted} == {"cpu-0", "cpu-1"}
+    labels = [label for stage, _, label in run.submitted if stage == "face"]
+    assert labels[0] == "face 0001 · 1 picture"
+    tally = run.coordinator.tallies["decode"]
+    assert (tally.items, tally.cached, tally.to_do, tally.done, tally.failed) == (4, 0, 4, 4, 0)
+    assert tally.seconds > 0
+    assert run.coordinator.progress == 1.0
+
+
+def test_what_is_finished_is_not_done_again(run: Run, rendered: Rendered, store: Path) -> None:
+    result = run(opened(rendered, store, video={"crf": 30}))
+    assert run.watcher.counts == {"decode": 4}
+    assert len(result.failures) == 0
+
+
+def test_nothing_to_do_needs_no_queue(run: Run, rendered: Rendered, store: Path) -> None:
+    run.queues = LocalQueues(cpus=0)
+    assert videos(run(opened(rendered, store)).dataset) == videos(rendered.result.dataset)
+
+
+def test_items_wait_for_what_they_consume(rendered: Rendered, tmp_path: Path) -> None:
+    plan = opened(rendered, tmp_path).plan()
+    work = Work(plan)
+    keys = [spec.key for stage in work.stages for spec in plan[stage].to_do]
+    specs = {spec.key: spec for stage in work.stages for spec in plan[stage].to_do}
+    expected = {(key, consumed) for key in keys for ks in specs[key].inputs.values() for consumed in ks}
+    assert {(keys[consumer], keys[producer]) for producer, consumer in work.edges} == expected
+    assert [work.stages[s] for s in work.stage_of] == [s for s in work.stages for _ in plan[s].to_do]
+    assert work.work.tolist() == [specs[key].work for key in keys]
+
+
+def test_gpu_stages_go_to_gpu_queues(threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path) -> None:
+    batch = opened(rendered, tmp_path)
+    batch.stages["denoise"].queue = "gpu"
+    with LocalQueues(gpus=[0, 1], pretend=True, cpus=1) as queues:
+        run = Run(threads, queues)
+        result = run(batch)
+    assert videos(result.dataset) == videos(rendered.result.dataset)
+    assert {queue for stage, queue, _ in run.submitted if stage == "denoise"} == {"gpu-0", "gpu-1"}
+    assert {queue for stage, queue, _ in run.submitted if stage != "denoise"} == {"cpu-0"}
+
+
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert list(visible_gpus()) == [0, 1]
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert list(visible_gpus()) == []
+
+
+# --- rows and stores that go wrong
+
+
+def test_a_failed_item_blocks_only_its_clips(run: Run, inputs: Path, tmp_path: Path) -> None:
+    rows = [
+        {"name": name, "image": str(inputs / image), "audio": str(inputs / "hello.wav")}
+        for name, image in (("good", "portrait.jpg"), ("bad", "landscape.png"))
+    ]
+    batch = open_batch({"rows": rows, "storage": {"root": str(tmp_path)}})
+    result = run(batch)
+    assert list(result.failures["name"]) == ["bad"]
+    assert list(result.failures["failed_stage"]) == ["reference"]
+    assert run.coordinator.tallies["reference"].failed == 1
+    assert run.watcher.counts["decode"] == 1
+
+
+@pytest.mark.parametrize("stage", ["reference", "denoise"])
+def test_damaged_results_are_computed_again(run: Run, rendered: Rendered, store: Path, stage: str) -> None:
+    for path in data_files(store, stage):
+        flip_byte(path)
+    result = run(opened(rendered, store, video={"crf": 30}, runtime={"cache_dir": str(store / "cache")}))
+    assert len(result.failures) == 0
+    assert run.watcher.counts["decode"] == 4
+    assert run.watcher.counts[stage] == {"reference": 2, "denoise": 4}[stage]
+    assert any("damaged or missing: computing them again" in text for text in run.watcher.warnings)
+
+
+def test_damaged_inputs_are_taken_in_again(run: Run, rendered: Rendered, store: Path) -> None:
+    for path in (store / "assets").rglob("*.jpeg"):
+        flip_byte(path)
+    result = run(opened(rendered, store, face={"min_face": 41}))
+    assert len(result.failures) == 0
+    assert run.watcher.counts["ingest"] == 2
+
+
+def test_a_store_that_damages_everything_ends_the_run(
+    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, store: Path
+) -> None:
+    class Damaging(Watcher):
+        """Sees to it that no `denoise` result can be read."""
+
+        def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+            if stage == "decode":
+                for path in data_files(store, "denoise"):
+                    flip_byte(path)
+
+        def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+            if stage == "denoise":
+                flip_byte(store / row["data"])
+
+    run = Run(threads, queues, Damaging())
+    with pytest.raises(StoreError, match="damaged again after being recomputed 3 times"):
+        run(opened(rendered, store, limit=1, video={"crf": 30}))
+
+
+def test_a_store_that_cannot_be_written_ends_the_run(
+    run: Run, rendered: Rendered, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.01)
+    batch = opened(rendered, store, video={"crf": 30})
+    (store / "stages/decode/data").rename(store / "away")
+    (store / "stages/decode/data").write_text("in the way")
+    with pytest.raises(StoreError, match="is a file, not a folder"):
+        run(batch)
+
+
+def test_trouble_that_passes_is_waited_for(
+    run: Run, rendered: Rendered, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.5)
+    batch = opened(rendered, store, video={"crf": 30})
+    data = store / "stages/decode/data"
+    data.rename(store / "away")
+    data.write_text("in the way")
+
+    def mend() -> None:
+        data.unlink()
+        (store / "away").rename(data)
+
+    timer = threading.Timer(0.7, mend)
+    timer.start()
+    result = run(batch, retries=6)
+    timer.join()
+    assert len(result.failures) == 0
+    assert (attempts(store, "decode")["status"] == "failed").sum() == 0
+
+
+# --- queues that go wrong
+
+
+@pytest.fixture(scope="module")
+def long_table(inputs: Path) -> Path:
+    """Two clips whose items take long enough for a signal to meet them at work."""
+    recording = write_recording(inputs / "long.wav", 0.2, 3.0)
+    rows = [{"image": image, "audio": str(recording)} for image in ("portrait.jpg", "closeup.jpg")]
+    return write_table(inputs / "long.csv", rows)
+
+
+class Signalling(Watcher):
+    """Sends a signal to the queue that works on an item of the stage, always the same one."""
+
+    def __init__(self, queues: LocalQueues, stage: str, number: signal.Signals, times: int) -> None:
+        super().__init__()
+        self._queues, self._stage, self._number, self._times = queues, stage, number, times
+        self.victim: str | None = None
+        self.pids: list[int] = []
+
+    def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
+        if stage != self._stage or key != (self.victim or key) or len(self.pids) == self._times:
+            return
+        self.victim = key
+        queue = next(queue for queue in self._queues.values() if queue._turn.locked())
+        if queue.pid and queue.pid not in self.pids:
+            self.pids.append(queue.pid)
+            os.kill(queue.pid, self._number)
+
+
+@pytest.fixture
+def queue() -> Iterator[LocalQueues]:
+    with LocalQueues(cpus=1) as local:
+        yield local
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode"])
+def test_a_killed_queue_is_replaced(
+    threads: ThreadPoolExecutor, queue: LocalQueues, long_table: Path, tmp_path: Path, stage: str
+) -> None:
+    watcher = Signalling(queue, stage, signal.SIGKILL, times=1)
+    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)))
+    assert len(watcher.pids) == 1
+    assert len(result.failures) == 0
+    assert watcher.counts[stage] == 2
+    assert queue["cpu-0"].pid not in watcher.pids
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "reason"),
+    [(signal.SIGKILL, 3, "ended by signal 9"), (signal.SIGSTOP, 1, "said nothing for 3 s")],
+    ids=["dies", "hangs"],
+)
+def test_an_item_that_takes_its_queue_down_becomes_a_row(
+    threads: ThreadPoolExecutor,
+    queue: LocalQueues,
+    long_table: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    times: int,
+    reason: str,
+) -> None:
+    watcher = Signalling(queue, "decode", number, times)
+    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)), item_timeout_s=3.0)
+    assert len(watcher.pids) == times
+    assert list(result.failures["failed_stage"]) == ["decode"]
+    assert reason in result.failures["error"].iloc[0]
+    rows = attempts(tmp_path, "decode").set_index("key")
+    assert list(rows["status"].sort_values()) == ["failed", "ok"]
+    assert rows["retryable"][watcher.victim]
+    again = Watcher()
+    assert len(render(batch_values(long_table, tmp_path), again).failures) == 0
+    assert again.counts == {"decode": 1}
+
+
+def batch_values(table: Path, root: Path) -> dict[str, Any]:
+    return {"table": str(table), "storage": {"root": str(root)}}
+
+
+def test_cancelling_keeps_what_is_finished(
+    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    run = Run(threads, queues, Interrupting("decode", stop.set))
+    with pytest.raises(Cancelled):
+        run(opened(rendered, tmp_path, takes=4), stop.is_set)
+    done = run.watcher.counts
+    assert done.get("decode", 0) < 16
+    watcher = Watcher()
+    result = render({"table": str(rendered.table), "takes": 4, "storage": {"root": str(tmp_path)}}, watcher)
+    assert len(result.failures) == 0
+    assert watcher.counts["decode"] == 16 - done.get("decode", 0)
+    assert watcher.counts.get("denoise", 0) == 16 - done.get("denoise", 0)
+
+
+def test_a_budget_leaves_the_rest(run: Run, rendered: Rendered, store: Path) -> None:
+    batch = opened(rendered, store, video={"crf": 30})
+    result = run(batch, budget_hours=1e-9)
+    assert run.submitted == []
+    assert run.coordinator.undone == 4
+    assert any("is used up: the rest stays undone" in text for text in run.watcher.warnings)
+    assert len(result.failures) == 4
+    assert len(run(opened(rendered, store, video={"crf": 30}), budget_hours=1.0).failures) == 0
+
+
+def test_without_any_queue_the_run_says_so(run: Run, rendered: Rendered, tmp_path: Path) -> None:
+    run.queues = LocalQueues(cpus=0)
+    with pytest.raises(BackendError, match="no queue is left"):
+        run(opened(rendered, tmp_path))
+
+
+def test_settings_have_defaults(rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    settings = run_settings(opened(rendered, tmp_path).config)
+    assert settings.gpus == ()
+    assert settings.cpus == len(os.sched_getaffinity(0))

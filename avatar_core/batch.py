@@ -50,6 +50,16 @@ class StageResults:
             return row if row["status"] == "failed" else None
         return self.catalog.failure(key)
 
+    def columns(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of the `ok` rows of these keys, in their order."""
+        stored = self.catalog.select(list({key: None for key in keys if key not in self.fresh}))
+        table = {name: stored[name].to_pylist() for name in ("key", *names) if name in stored.column_names}
+        at = {key: position for position, key in enumerate(table["key"])}
+        return {
+            name: [self.fresh[key][name] if key in self.fresh else table[name][at[key]] for key in keys]
+            for name in names
+        }
+
     def add(self, row: Mapping[str, Any]) -> None:
         self.fresh[row["key"]] = row
 
@@ -237,15 +247,15 @@ def _source(key: str, results: StageResults) -> Source:
 def _drop_lost_videos(batch: Batch) -> None:
     """A finished video that is gone, or has another size, is rendered again."""
     results, clips = batch.results["decode"], batch.clips
-    keys = (clips.key("decode", i) for i in range(len(clips)) if i not in clips.rejected)
-    finished = list(dict.fromkeys(key for key in keys if results.has(key)))
+    keys = {clips.key("decode", index): None for index in range(len(clips))}
+    finished = [key for key in keys if key is not None and results.has(key)]
     if not finished:
         return
     kept = batch.storage.list("stages/decode/data")
-    rows = results.catalog.select(finished).select(["key", "data", "bytes"]).to_pydict()
+    rows = results.columns(finished, ["data", "bytes"])
     lost = [
         key
-        for key, path, size in zip(*rows.values(), strict=True)
+        for key, path, size in zip(finished, *rows.values(), strict=True)
         if path not in kept or kept[path].size != size
     ]
     if lost:

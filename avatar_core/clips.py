@@ -79,24 +79,34 @@ class Clips(Sequence[Clip]):
     def __init__(self, builder: "ClipBuilder", rows: Sequence[TableRow], names: Sequence[str]) -> None:
         """`names` holds the clip name of each row."""
         self._builder = builder
-        self._rows = rows
-        self._names = names
-        self._row = array("l")
-        self._nth = array("l")
-        self._errors: dict[int, str] = {}
+        self.rows = rows
+        self.names = names
+        self.position = array("l")  # of each clip's row in `rows`
+        self.take = array("l")
+        self.part = array("l")
+        self.seed = array("Q")
+        self.rejected: dict[int, str] = {}  # reasons by clip
+        self._nth = array("l")  # among the clips of its row
+        self._split = bytearray()  # whether the row has several parts
         keys: dict[str, bytearray] = {stage: bytearray() for stage in STAGES}
         for position, row in enumerate(rows):
-            for nth, clip in enumerate(builder.clips(row, names[position])):
+            clips = builder.clips(row, names[position])
+            parts = max(clip.part for clip in clips)
+            for nth, clip in enumerate(clips):
                 if clip.error is not None:
-                    self._errors[len(self._row)] = clip.error
+                    self.rejected[len(self)] = clip.error
                 for stage in STAGES:
                     keys[stage] += bytes.fromhex(clip.items[stage].key) if clip.items else _NO_KEY
-                self._row.append(position)
+                self.position.append(position)
+                self.take.append(clip.take)
+                self.part.append(clip.part)
+                self.seed.append(clip.seed or 0)
                 self._nth.append(nth)
+                self._split.append(parts > 0)
         self._keys = {stage: np.frombuffer(column, _KEY) for stage, column in keys.items()}
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self.position)
 
     @overload
     def __getitem__(self, index: int) -> Clip: ...
@@ -107,8 +117,12 @@ class Clips(Sequence[Clip]):
     def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = self._row[index]
-        return self._builder.clips(self._rows[position], self._names[position])[self._nth[index]]
+        position = self.position[index]
+        return self._builder.clips(self.rows[position], self.names[position])[self._nth[index]]
+
+    def name(self, index: int) -> str:
+        part = self.part[index] if self._split[index] else None
+        return _numbered(self.names[self.position[index]], self.take[index], part)
 
     def keys(self, stage: str) -> NDArray[np.bytes_]:
         """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected.
@@ -117,22 +131,14 @@ class Clips(Sequence[Clip]):
         """
         return self._keys[stage]
 
-    def key(self, stage: str, index: int) -> str:
-        return bytes(self._keys[stage][index]).ljust(32, b"\0").hex()
+    def key(self, stage: str, index: int) -> str | None:
+        """None where the row is rejected."""
+        key = bytes(self._keys[stage][index])
+        return key.ljust(32, b"\0").hex() if key else None
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The name of each row, before takes and parts add their numbers."""
-        return self._names
-
-    @property
-    def rows(self) -> Sequence[TableRow]:
-        return self._rows
-
-    @property
-    def rejected(self) -> Mapping[int, str]:
-        """Reasons by clip index."""
-        return self._errors
+    def assets(self) -> set[str]:
+        """SHA-256 of every picture and recording that the batch stands on."""
+        return {source.asset.sha256 for source in self._builder.sources.values() if source.asset}
 
 
 class ClipBuilder:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from avatar_core.clips import STAGES
 from avatar_core.errors import StoreError
-from avatar_core.runs import find_run, list_runs, read_plan
+from avatar_core.runs import find_run, list_runs, read_assets, read_plan
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc
 from avatar_core.store.storage import Storage
@@ -36,7 +36,7 @@ def verify_run(storage: Storage, name_or_id: str, *, repair: bool = False) -> Ve
         ("ingest", None),
         *((stage, set(clips[f"{stage}_key"].dropna())) for stage in STAGES),
     ]:
-        files = _assets(storage, clips) if keys is None else _results(storage, stage, keys)
+        files = _assets(storage, run.id) if keys is None else _results(storage, stage, keys)
         damaged = set()
         for path, (sha256, owners) in files.items():
             checked += 1
@@ -69,7 +69,7 @@ def collect_garbage(
         clips = read_plan(storage, run_id)
         for stage in STAGES:
             roots[stage] |= set(clips[f"{stage}_key"].dropna())
-        assets |= {sha256 for hashes in clips["assets"] for sha256 in hashes}
+        assets |= read_assets(storage, run_id)
     report = gc(storage, roots, assets, min_age_s=min_age_s, dry_run=not delete)
     if delete:
         storage.delete(path for run_id in forgotten for path in storage.list(f"runs/{run_id}"))
@@ -80,8 +80,8 @@ _Files = dict[str, tuple[str, set[str]]]
 """SHA-256 and owning keys by path."""
 
 
-def _assets(storage: Storage, clips: pd.DataFrame) -> _Files:
-    wanted = {sha256 for hashes in clips["assets"] for sha256 in hashes}
+def _assets(storage: Storage, run_id: str) -> _Files:
+    wanted = read_assets(storage, run_id)
     catalog = load_catalog(storage, "ingest")
     return _files(row for row in map(catalog.get, catalog.ok_keys()) if row and row["sha256"] in wanted)
 

@@ -27,6 +27,10 @@ class Results(Protocol):
 
     def failure(self, key: str) -> Mapping[str, Any] | None: ...
 
+    def columns(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of the `ok` rows of these keys, in their order."""
+        ...
+
 
 class Items(Sequence[ItemSpec]):
     """Items of one stage, each built when it is asked for; `indices` are clips that need one each."""
@@ -76,7 +80,7 @@ def make_plan(
     accepted[list(clips.rejected)] = False
     if not accepted.any():
         return {}
-    columns = {stage: _StageColumn(clips, stage, accepted, results[stage]) for stage in STAGES}
+    columns = {stage: _StageColumn(clips, stage, results[stage]) for stage in STAGES}
     blocked = np.zeros(len(clips), bool)
     if not retry_failed:
         for column in columns.values():
@@ -96,14 +100,13 @@ def make_plan(
 class _StageColumn:
     """What is known of each clip's item of one stage: `ok` and `failed` (for good), shape (clips,)."""
 
-    def __init__(self, clips: Clips, stage: str, accepted: NDArray[np.bool_], results: Results) -> None:
+    def __init__(self, clips: Clips, stage: str, results: Results) -> None:
         _, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
-        used = accepted[first]
-        names = [clips.key(stage, i) if accepted[i] else "" for i in first.tolist()]
-        ok = np.array([bool(name) and results.has(name) for name in names], bool)
-        failed = np.array([_failed_for_good(name, results) for name in names], bool) & ~ok
+        keys = [clips.key(stage, index) for index in first.tolist()]
+        ok = np.array([key is not None and results.has(key) for key in keys], bool)
+        failed = np.array([key is not None and _failed_for_good(key, results) for key in keys], bool) & ~ok
         self._first = first
-        self._items, self._cached = int(used.sum()), int(ok.sum())
+        self._items, self._cached = sum(key is not None for key in keys), int(ok.sum())
         self.ok, self.failed = ok[self._item], failed[self._item]
 
     def plan(self, clips: Clips, stage: str, missing: NDArray[np.bool_]) -> StagePlan:
@@ -112,7 +115,7 @@ class _StageColumn:
 
 
 def _failed_for_good(key: str, results: Results) -> bool:
-    row = results.failure(key) if key else None
+    row = results.failure(key)
     return row is not None and not row["retryable"]
 
 

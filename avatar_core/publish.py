@@ -2,19 +2,21 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from avatar_core.clips import STAGES, Clip, Clips
+from avatar_core.clips import STAGES, Clips
 from avatar_core.errors import StoreError
 from avatar_core.plan import Results, first_failure
 from avatar_core.progress import Observer
+from avatar_core.store.disk import FileInfo
 from avatar_core.store.storage import Storage
 
 SCHEMA = pa.schema(
@@ -75,72 +77,101 @@ def publish(
     """
     folder = f"datasets/{name}"
     old = _read(storage, f"{folder}/metadata.parquet")
-    renamed = _renamed(clips)
-    fresh = _table([_row(clip, results, renamed, backend, run_id) for clip in clips])
+    videos = _Videos(clips, results["decode"])
+    fresh = _keep_run_ids(_metadata(clips, results, videos, backend, run_id), old)
     if old is not None:
         _warn_of_other_table(old, table, name, observer)
     merged = fresh if complete or old is None else _merge(old, fresh)
     metadata = merged.replace_schema_metadata({_TABLE: (table or "").encode()})
-    _copy_videos(storage, folder, clips, results, old, observer)
-    failures = metadata.to_pandas(types_mapper=_pandas_type)
-    failures = failures[failures["status"] != "ok"]
+    there = storage.list(f"{folder}/videos")
+    _copy_videos(storage, folder, fresh, videos, old, there, observer)
+    failures = _frame(metadata.filter(pc.not_equal(metadata["status"], "ok")))
     _write(storage, f"{folder}/failures.csv", _csv(failures))
     if old is None or not metadata.equals(old, check_metadata=True):
         buffer = io.BytesIO()
         pq.write_table(metadata, buffer)
         storage.write_bytes(f"{folder}/metadata.parquet", buffer.getvalue())
-    _delete_unlisted(storage, folder, old, metadata)
-    ours = fresh.to_pandas(types_mapper=_pandas_type)
+    _delete_unlisted(storage, folder, old, metadata, there)
+    ours = _frame(fresh)
     return Published(f"{storage.uri}/{folder}", ours, ours[ours["status"] != "ok"])
 
 
-def _row(
-    clip: Clip, results: Mapping[str, Results], renamed: Mapping[str, str], backend: str, run_id: str
-) -> dict[str, Any]:
-    failure = first_failure(clip, results)
-    video = results["decode"].ok(clip.items["decode"].key) if clip.items else None
-    ours: dict[str, Any] = {
-        "file_name": f"videos/{clip.name}.mp4" if video else None,
-        "name": clip.name,
-        "row": clip.row.index,
-        "take": clip.take,
-        "part": clip.part,
-        "status": "ok" if video else "failed",
-        "failed_stage": failure.stage if failure else None,
-        "error_type": failure.error_type if failure else None,
-        "error": failure.error if failure else None,
-        "prompt": clip.row.prompt,
-        "negative_prompt": clip.row.negative_prompt,
-        "seed": clip.seed,
-        "backend": backend,
-        "run_id": run_id,
-        **{name: video[name] if video else None for name in _VIDEO_COLUMNS},
-        **{f"{stage}_key": spec.key for stage, spec in clip.items.items()},
+class _Videos:
+    """Manifest columns of the finished clips; `clips` are their indices, in the order of the columns."""
+
+    def __init__(self, clips: Clips, results: Results) -> None:
+        keys = [clips.key("decode", index) for index in range(len(clips))]
+        self.clips = [index for index, key in enumerate(keys) if key is not None and results.has(key)]
+        self.keys = [key for index in self.clips if (key := keys[index])]
+        self.columns = results.columns(self.keys, (*_VIDEO_COLUMNS, "data"))
+
+    def spread(self, values: Sequence[Any], length: int) -> list[Any]:
+        """A value for each clip, None where there is no video."""
+        column: list[Any] = [None] * length
+        for index, value in zip(self.clips, values, strict=True):
+            column[index] = value
+        return column
+
+
+def _metadata(
+    clips: Clips, results: Mapping[str, Results], videos: _Videos, backend: str, run_id: str
+) -> pa.Table:
+    """A row per clip under our schema, followed by the columns of the input."""
+    length = len(clips)
+    rows = [clips.rows[position] for position in clips.position]
+    names = [clips.name(index) for index in range(length)]
+    finished = videos.spread([True] * len(videos.clips), length)
+    failures = [None if finished[i] else first_failure(clips[i], results) for i in range(length)]
+    columns: dict[str, Any] = {
+        "file_name": [f"videos/{name}.mp4" if ok else None for name, ok in zip(names, finished, strict=True)],
+        "name": names,
+        "row": [row.index for row in rows],
+        "take": clips.take,
+        "part": clips.part,
+        "status": ["ok" if ok else "failed" for ok in finished],
+        "failed_stage": [failure and failure.stage for failure in failures],
+        "error_type": [failure and failure.error_type for failure in failures],
+        "error": [failure and failure.error for failure in failures],
+        "prompt": [row.prompt for row in rows],
+        "negative_prompt": [row.negative_prompt for row in rows],
+        "seed": [None if i in clips.rejected else clips.seed[i] for i in range(length)],
+        "backend": [backend] * length,
+        "run_id": [run_id] * length,
+        **{name: videos.spread(videos.columns[name], length) for name in _VIDEO_COLUMNS},
+        **{f"{stage}_key": [clips.key(stage, i) for i in range(length)] for stage in STAGES},
     }
-    return ours | {renamed[name]: value for name, value in clip.row.source.items()}
+    ours = {field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}
+    theirs = {
+        new: _input_column([row.source.get(name) for row in rows]) for name, new in _renamed(clips).items()
+    }
+    return pa.table(ours | theirs)
 
 
 def _renamed(clips: Clips) -> dict[str, str]:
     """What each column of the input is called in the dataset."""
     names = dict.fromkeys(name for row in clips.rows for name in row.source)
-    taken = {*SCHEMA.names, *names}
     renamed = {}
     for name in names:
         new = name
-        while new in SCHEMA.names or (new != name and new in taken):
+        while new in SCHEMA.names or (new != name and new in names):
             new = f"input_{new}"
         renamed[name] = new
     return renamed
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The rows under our schema; columns of the input keep their type, or become text where values differ."""
-    columns: dict[str, pa.Array] = {
-        field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in SCHEMA
-    }
-    for name in dict.fromkeys(name for row in rows for name in row if name not in SCHEMA.names):
-        columns[name] = _input_column([row.get(name) for row in rows])
-    return pa.table(columns)
+def _keep_run_ids(fresh: pa.Table, old: pa.Table | None) -> pa.Table:
+    """A clip that is as an earlier run left it keeps that run's id, so that nothing changes needlessly."""
+    if old is None:
+        return fresh
+    same = ["name", "sha256", "error"]
+    before = {key: run_id for *key_, run_id in _rows(old, [*same, "run_id"]) if (key := tuple(key_))}
+    run_ids = [before.get(tuple(key), run_id) for *key, run_id in _rows(fresh, [*same, "run_id"])]
+    index = fresh.column_names.index("run_id")
+    return fresh.set_column(index, "run_id", pa.array(run_ids, pa.string()))
+
+
+def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _input_column(values: Sequence[Any]) -> pa.Array:
@@ -160,44 +191,55 @@ def _merge(old: pa.Table, fresh: pa.Table) -> pa.Table:
     names = set(fresh["name"].to_pylist())
     kept = [row for row in old.to_pylist() if row["name"] not in names]
     rows = sorted(kept + fresh.to_pylist(), key=lambda row: (row["row"], row["take"], row["part"]))
-    return _table(rows)
+    columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in SCHEMA}
+    for name in dict.fromkeys([*old.column_names, *fresh.column_names]):
+        if name not in columns:
+            columns[name] = _input_column([row.get(name) for row in rows])
+    return pa.table(columns)
 
 
 def _copy_videos(
     storage: Storage,
     folder: str,
-    clips: Sequence[Clip],
-    results: Mapping[str, Results],
+    fresh: pa.Table,
+    videos: _Videos,
     old: pa.Table | None,
+    there: Mapping[str, FileInfo],
     observer: Observer,
 ) -> None:
-    there = storage.list(f"{folder}/videos")
-    known = dict(zip(old["file_name"].to_pylist(), old["sha256"].to_pylist(), strict=True)) if old else {}
-    for clip in clips:
-        video = results["decode"].ok(clip.items["decode"].key) if clip.items else None
-        if video is None:
-            continue
-        name = f"videos/{clip.name}.mp4"
-        path = f"{folder}/{name}"
-        copied = path in there and there[path].size == video["bytes"] and known.get(name) == video["sha256"]
-        if not copied:
-            _copy(storage, video, path)
-        observer.clip_published(clip.name, f"{storage.uri}/{path}")
+    known = dict(_rows(old, ["file_name", "sha256"])) if old is not None else {}
+    names = fresh["file_name"].to_pylist()
+    columns = (videos.columns[name] for name in ("data", "sha256", "bytes"))
+    for index, key, data, sha256, size in zip(videos.clips, videos.keys, *columns, strict=True):
+        path = f"{folder}/{names[index]}"
+        if path not in there or there[path].size != size or known.get(names[index]) != sha256:
+            _copy(storage, data, sha256, path, key)
+        observer.clip_published(names[index], f"{storage.uri}/{path}")
 
 
-def _copy(storage: Storage, video: Mapping[str, Any], path: str) -> None:
+def _copy(storage: Storage, data: str, sha256: str, path: str, key: str) -> None:
     try:
-        storage.copy_out(video["data"], path, video["sha256"])
+        storage.copy_out(data, path, sha256)
     except StoreError as error:
-        raise StoreError(str(error), keys=[f"decode:{video['key']}"]) from error
+        raise StoreError(str(error), keys=[f"decode:{key}"]) from error
 
 
-def _delete_unlisted(storage: Storage, folder: str, old: pa.Table | None, metadata: pa.Table) -> None:
+def _delete_unlisted(
+    storage: Storage,
+    folder: str,
+    old: pa.Table | None,
+    metadata: pa.Table,
+    there: Mapping[str, FileInfo],
+) -> None:
     """Videos that an earlier run published under a name that no row has any more."""
     if old is not None:
         gone = set(old["file_name"].to_pylist()) - set(metadata["file_name"].to_pylist()) - {None}
-        there = storage.list(f"{folder}/videos")
         storage.delete([path for name in sorted(gone) if (path := f"{folder}/{name}") in there])
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    frame: pd.DataFrame = table.to_pandas(types_mapper=_pandas_type)
+    return frame
 
 
 def _warn_of_other_table(old: pa.Table, table: str | None, name: str, observer: Observer) -> None:

@@ -32,6 +32,8 @@ def write_run(storage: Storage, name: str, config: Config, backend: dict[str, An
     values = {**to_dict(config), "name": name, "backend": backend}
     storage.write_bytes(f"runs/{run_id}/rows.parquet", _parquet(_rows(clips)))
     storage.write_bytes(f"runs/{run_id}/plan.parquet", _parquet(_plan(clips)))
+    assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
+    storage.write_bytes(f"runs/{run_id}/assets.parquet", _parquet(assets))
     text = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return run_id
@@ -64,8 +66,13 @@ def run_name(run_id: str) -> str:
 
 
 def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
-    """A row per clip with the key of each of its items and the hashes of its assets."""
+    """A row per clip with the key of each of its items."""
     return pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/plan.parquet")))
+
+
+def read_assets(storage: Storage, run_id: str) -> set[str]:
+    """SHA-256 of the pictures and recordings that a run stands on."""
+    return set(pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/assets.parquet")))["sha256"])
 
 
 def _rows(clips: Clips) -> pd.DataFrame:
@@ -75,19 +82,17 @@ def _rows(clips: Clips) -> pd.DataFrame:
 
 
 def _plan(clips: Clips) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {name: [] for name in ("name", "row", "take", "part", "seed", "error")}
-    assets: list[list[str]] = []
-    for clip in clips:
-        for name in ("name", "take", "part", "seed", "error"):
-            columns[name].append(getattr(clip, name))
-        columns["row"].append(clip.row.index)
-        found = clip.items["decode"].assets.values() if clip.items else ()
-        assets.append(sorted({asset.sha256 for column in found for asset in column}))
-    keys = {
-        f"{stage}_key": [None if i in clips.rejected else clips.key(stage, i) for i in range(len(clips))]
-        for stage in STAGES
+    indices = range(len(clips))
+    columns: dict[str, Any] = {
+        "name": [clips.name(i) for i in indices],
+        "row": [clips.rows[position].index for position in clips.position],
+        "take": clips.take,
+        "part": clips.part,
+        "seed": [None if i in clips.rejected else clips.seed[i] for i in indices],
+        "error": [clips.rejected.get(i) for i in indices],
     }
-    return pd.DataFrame({**columns, **keys, "assets": assets}).astype({"seed": "Int64"})
+    keys = {f"{stage}_key": [clips.key(stage, i) for i in indices] for stage in STAGES}
+    return pd.DataFrame({**columns, **keys}).astype({"seed": "Int64"})
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:

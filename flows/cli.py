@@ -330,24 +330,41 @@ def _rendered(config: "Config") -> "Result":
 
 
 def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
-    from flows.server import server_environment
-    from tasks import set_prefect_defaults
+    with _prefect_server():
+        from flows.render import Handover, flow_parameters, handed_over, render_dataset
 
-    os.environ.update(server_environment())
-    set_prefect_defaults()
-    from flows.render import Handover, flow_parameters, handed_over, render_dataset
-
-    # Its own log goes to its server; here the view shows what counts.
-    logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
-    handover = Handover(batch, run_id, view, stopped)
-    with handed_over(handover):
-        state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
+        handover = Handover(batch, run_id, view, stopped)
+        with handed_over(handover):
+            state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
     if state.is_cancelled():
         raise Cancelled("stopped by the user")
     if handover.result is None:
         state.result()  # raises what stopped the flow
     assert handover.result
     return handover.result
+
+
+@contextmanager
+def _prefect_server() -> Iterator[None]:
+    """The user's server, that of `avatar up`, or one for this run alone."""
+    from flows.server import server_environment
+    from flows.temporary_server import TemporaryServer
+    from tasks import set_prefect_defaults
+
+    os.environ.update(server_environment())
+    set_prefect_defaults()
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    # Its own log goes to its server; here the view shows what counts.
+    logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with TemporaryServer() as server:
+        import flows.render  # noqa: F401 - takes as long as the server does
+
+        with temporary_settings({PREFECT_API_URL: server.wait()}):
+            yield
 
 
 def _configured(

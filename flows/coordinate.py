@@ -319,8 +319,8 @@ class Coordinator:
             return
         self._in_flight[shard.id] = _InFlight(shard, numbers, specs)
         self._numbers[shard.stage] += 1
-        noun = NOUNS.get(shard.stage, "item") + "s" * (len(sound) != 1)
-        label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {len(sound)} {noun}"
+        size = counted(NOUNS.get(shard.stage, "item"), len(sound))
+        label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
         submit(shard.stage, shard.queue, label, partial(self._call, shard, self._jobs(shard.stage, sound)))
 
     def _jobs(self, stage: str, specs: Sequence[ItemSpec]) -> list[Job]:
@@ -505,6 +505,10 @@ class Coordinator:
             self._observer.warning(
                 f"this needs about {hours:.2g} hours, budget_hours={budget_hours:g} allows a part of it"
             )
+
+
+def counted(noun: str, count: int) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _owners(spec: ItemSpec) -> set[str]:

@@ -33,7 +33,7 @@ from avatar_core.progress import Observer, Silent
 from avatar_core.runs import find_run
 from flows.cli import stoppable
 from flows.compose import compose_config, quoted
-from flows.coordinate import NOUNS, Coordinator, RunSettings, run_settings
+from flows.coordinate import NOUNS, Coordinator, RunSettings, counted, run_settings
 from flows.queues import JobResult, LocalQueues
 from tasks.shards import reuse, run_shard_on_queue
 
@@ -187,20 +187,20 @@ def _submitter(backend: str) -> Callable[[str, str, str, Callable[[], JobResult]
 def _shard_state(result: JobResult) -> State[Any]:
     failed = [row for row in result.rows if row["status"] == "failed"]
     if result.cancelled:
-        return CancelledState(message=f"{len(result.rows)} items are kept")
+        return CancelledState(message=f"{counted('item', len(result.rows))} kept")
     if result.error:
         return Failed(message=result.error)
     if failed:
         return Failed(message=f"{len(failed)} of {len(result.rows)} items failed: {failed[0]['error']}")
-    return Completed(message=f"{len(result.rows)} items")
+    return Completed(message=counted("item", len(result.rows)))
 
 
 def _show_reused(plan: Mapping[str, StagePlan], backend: str) -> None:
     for stage, stage_plan in plan.items():
         if stage_plan.cached:
-            noun = NOUNS.get(stage, "item") + "s" * (stage_plan.cached != 1)
+            label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), stage_plan.cached)}"
             with tags(stage, backend):
-                reuse.submit(f"{stage} reused · {stage_plan.cached} {noun}", stage_plan.cached)
+                reuse.submit(label, counted("item", stage_plan.cached))
 
 
 def _show_result(name: str, result: Result) -> None:

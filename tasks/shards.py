@@ -15,5 +15,5 @@ def run_shard_on_queue(label: str, call: Callable[[], State[Any]]) -> State[Any]
 
 
 @task(name="reused", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def reuse(label: str, items: int) -> State[Any]:
-    return Completed(name="Cached", message=f"{items} item{'s' * (items != 1)}")
+def reuse(label: str, message: str) -> State[Any]:
+    return Completed(name="Cached", message=message)

@@ -7,6 +7,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,17 @@ def _check_required(records: Iterable[Record]) -> None:
             raise InputError(f"has no column {required!r}; its columns: {', '.join(columns)}{hint}")
 
 
+@cache
+def _folder_of(table_uri: str) -> str:
+    return str(Path(local_path(table_uri)).absolute().parent)
+
+
 def resolve_uri(value: str, table_uri: str) -> str:
     """A relative path counts from the table's folder; absolute paths and URIs stay as they are."""
     if scheme_of(value) is not None or value.startswith("/"):
         return value
     if scheme_of(table_uri) in (None, "file"):
-        return os.path.normpath(Path(local_path(table_uri)).absolute().parent / value)
+        return os.path.normpath(os.path.join(_folder_of(table_uri), value))  # noqa: PTH118 - for every row
     return normalise_uri(posixpath.join(posixpath.dirname(table_uri), value))
 
 

@@ -80,18 +80,22 @@ class DiskFiles:
 
     def list(self, prefix: str) -> dict[str, FileInfo]:
         found: dict[str, FileInfo] = {}
-        for folder, _, names in os.walk(self.root / prefix, onerror=_raise_unless_absent):
-            for name in names:
-                path = (Path(folder) / name).relative_to(self.root).as_posix()
-                if info := self.info(path):  # a file may vanish between listing and here
-                    found[path] = info
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            # What was listed may vanish before it is looked at.
+            with suppress(FileNotFoundError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                        continue
+                    with suppress(FileNotFoundError):
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            found[path] = FileInfo(status.st_size, status.st_mtime)
         return found
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
             (self.root / path).unlink(missing_ok=True)
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

@@ -58,7 +58,8 @@ def row_content(
     params: Mapping[str, Any] | None = None,
 ) -> str:
     """Equal rows share one clip; `pictures` and `recordings` are SHA-256s, in order."""
-    return digest(
+    # Rows are many and their values checked when they were parsed: no need to look at each again.
+    content = _encoder.encode(
         {
             "pictures": pictures,
             "recordings": recordings,
@@ -70,6 +71,7 @@ def row_content(
             "params": params or {},
         }
     )
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def derive_seed(*parts: Any) -> int:

@@ -1,0 +1,210 @@
+"""`prefect.yaml` and the worker that runs what it schedules."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.flows.conftest import PrefectServer
+from tests.sample_rows import Rendered, RunAvatar
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+OVERRIDES = ["name='été [1]'", "limit=1", "video.fps=20"]
+
+pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def deployments(prefect_server: PrefectServer) -> dict[str, Any]:
+    """What `prefect deploy --all` makes of our own file, by name."""
+    deploy(prefect_server, ROOT)
+    return registered(prefect_server)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: PrefectServer, rendered: Rendered
+) -> Path:
+    """A user's folder with deployments of their own and, by bad luck, a package called `flows`."""
+    folder = tmp_path_factory.mktemp("user") / "renders"
+    folder.mkdir()
+    values = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    chosen = [entry for entry in values["deployments"] if entry["name"] == "nightly"]
+    chosen[0] |= {
+        "name": "often",
+        "parameters": {"table": str(rendered.table), "overrides": OVERRIDES},
+        "schedules": [{"interval": 5, "active": True}],
+    }
+    (folder / "prefect.yaml").write_text(yaml.safe_dump({"deployments": chosen}), encoding="utf-8")
+    deploy(prefect_server, folder)
+    (folder / "flows").mkdir()
+    (folder / "flows" / "__init__.py").write_text("raise RuntimeError('the wrong flows')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(
+    prefect_server: PrefectServer, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Started in that folder, without the environment's programs on PATH."""
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != BIN)
+    settings = {"PATH": path, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    log = tmp_path_factory.mktemp("worker") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(BIN / "avatar"), "worker"],
+            cwd=folder,
+            env={**prefect_server.environment, **settings},
+            stdout=output,
+            stderr=output,
+        )
+        yield process
+        process.kill()
+        process.wait()
+
+
+def deploy(server: PrefectServer, folder: Path) -> None:
+    done = subprocess.run(
+        [str(BIN / "prefect"), "--no-prompt", "deploy", "--all"],
+        cwd=folder,
+        env=server.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def registered(server: PrefectServer) -> dict[str, Any]:
+    return {found["name"]: found for found in server.post("deployments/filter", {})}
+
+
+def ended_run(server: PrefectServer, deployment: str) -> dict[str, Any]:
+    wanted = {
+        "deployments": {"name": {"any_": [deployment]}},
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}},
+        "sort": "START_TIME_ASC",
+    }
+    wait_until(lambda: server.post("flow_runs/filter", wanted))
+    runs: list[dict[str, Any]] = server.post("flow_runs/filter", wanted)
+    return runs[0]
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.3)
+    pytest.fail("waited in vain")
+
+
+# --- our own file
+
+
+def test_all_are_registered(deployments: dict[str, Any]) -> None:
+    assert {"nightly", "on-demand", "rerun-failures"} <= deployments.keys()
+    for name in ("nightly", "on-demand", "rerun-failures"):
+        found = deployments[name]
+        assert found["entrypoint"] == "flows.render.render_dataset"
+        assert found["work_pool_name"] == "local"
+        assert not found["paused"]
+        steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
+        assert found["pull_steps"] == steps
+
+
+def test_schedules_wait_for_a_table(deployments: dict[str, Any]) -> None:
+    for name in ("nightly", "rerun-failures"):
+        assert deployments[name]["parameters"]["table"] is None
+        (schedule,) = deployments[name]["schedules"]
+        assert schedule["active"] is False
+        assert schedule["schedule"]["timezone"] == "UTC"
+    nightly, rerun = (
+        deployments[name]["schedules"][0]["schedule"]["cron"] for name in ("nightly", "rerun-failures")
+    )
+    assert int(nightly.split()[1]) < int(rerun.split()[1])
+    assert deployments["rerun-failures"]["parameters"]["overrides"] == ["retry_failed=true"]
+
+
+def test_on_demand_renders_the_samples(deployments: dict[str, Any]) -> None:
+    found = deployments["on-demand"]
+    assert found["schedules"] == []
+    assert (ROOT / found["parameters"]["table"]).exists()
+
+
+# --- the worker
+
+
+def test_a_schedule_fires(
+    prefect_server: PrefectServer, folder: Path, worker: subprocess.Popen[bytes], rendered: Rendered
+) -> None:
+    """Runs with our `flows`, though the folder it runs in has another, and with its parameters intact."""
+    run = ended_run(prefect_server, "often")
+    assert run["state"]["type"] == "COMPLETED", run["state"]
+    assert run["auto_scheduled"]
+    assert run["parameters"] == {"table": str(rendered.table), "overrides": OVERRIDES}
+    metadata = pd.read_parquet(folder / "avatar-store" / "datasets" / "été-1" / "metadata.parquet")
+    assert metadata["fps"].tolist() == [20.0]
+    assert metadata["status"].tolist() == ["ok"]
+
+
+def test_a_worker_that_is_stopped_lets_its_run_stop(
+    prefect_server: PrefectServer, folder: Path, worker: subprocess.Popen[bytes], rendered: Rendered
+) -> None:
+    often = registered(prefect_server)["often"]["id"]
+    prefect_server.post(f"deployments/{often}/pause_deployment", {})
+    long = {"table": str(rendered.table), "overrides": ["name=long", "takes=300"]}
+    run = prefect_server.post(f"deployments/{often}/create_flow_run", {"parameters": long})
+    wait_until(lambda: prefect_server.get(f"flow_runs/{run['id']}")["name"].startswith("long-"))
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 0
+    state = prefect_server.get(f"flow_runs/{run['id']}")["state"]
+    assert (state["type"], state["name"]) == ("CANCELLED", "Cancelled")
+    assert not (folder / "avatar-store" / "datasets" / "long").exists()
+
+
+def test_a_worker_needs_a_server(avatar: RunAvatar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AVATAR_STATE_DIR", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    code, output = avatar("worker")
+    assert code == 2
+    assert "there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL" in output
+
+
+# --- one run
+
+
+def test_execute_is_for_workers(avatar: RunAvatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    code, output = avatar("execute")
+    assert code == 2
+    assert "start one with `avatar worker`" in output
+    assert "execute" not in avatar("--help")[1]
+
+
+def test_a_run_with_another_flows_than_its_worker(tmp_path: Path) -> None:
+    """As where a deployment's job variables bring another copy of the project onto the path."""
+    for package in ("flows", "avatar_core"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "PREFECT__FLOW_RUN_ID": "00000000-0000-0000-0000-000000000000",
+        "AVATAR_FLOWS_PACKAGE": str(ROOT / "flows"),
+    }
+    done = subprocess.run(
+        [str(BIN / "avatar"), "execute"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"the package `flows` of this run is {tmp_path / 'flows'}" in done.stderr
+    assert f"that of its worker {ROOT / 'flows'}" in done.stderr

@@ -1,0 +1,322 @@
+"""The flow against a real Prefect server, and with the temporary one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avatar_core.store.catalog import load_catalog
+from avatar_core.store.storage import Storage
+from avatar_core.store.tensors import open_item
+from tests.flows.conftest import PrefectServer
+from tests.sample_rows import (
+    Rendered,
+    attempts,
+    videos,
+    write_picture,
+    write_table,
+)
+
+pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+ENTRYPOINT = "flows.render.render_dataset"
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def flow(prefect_server: PrefectServer) -> Iterator[Callable[..., Any]]:
+    """Runs the flow in this process against the server; gives its final state."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.render import render_dataset
+
+    def run(table: Path, root: Path, *overrides: str) -> Any:
+        return render_dataset(str(table), [f"storage.root={root}", *overrides], return_state=True)
+
+    with temporary_settings({PREFECT_API_URL: f"{prefect_server.address}/api"}):
+        yield run
+
+
+class Seen:
+    """What the server knows of a flow run."""
+
+    def __init__(self, server: PrefectServer, state: Any) -> None:
+        self.server = server
+        self.id = str(state.state_details.flow_run_id)
+
+    @property
+    def flow_run(self) -> Any:
+        return self.server.get(f"flow_runs/{self.id}")
+
+    def task_runs(self, count: int) -> list[Any]:
+        """States are recorded a little after they happen."""
+        return until(lambda: self._ended(), lambda runs: len(runs) >= count)
+
+    def _ended(self) -> list[Any]:
+        found = self._filter("task_runs")
+        return [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")]
+
+    def artifacts(self) -> dict[str, Any]:
+        """By the part of the key that follows the dataset's name."""
+        return {found["key"].rpartition("-")[2]: found for found in self._filter("artifacts")}
+
+    def logs(self) -> list[str]:
+        wanted = {"logs": {"flow_run_id": {"any_": [self.id]}}, "limit": 200}
+        return [line["message"] for line in self.server.post("logs/filter", wanted)]
+
+    def _filter(self, kind: str) -> list[Any]:
+        found = self.server.post(f"{kind}/filter", {"flow_runs": {"id": {"any_": [self.id]}}, "limit": 200})
+        assert isinstance(found, list)
+        return found
+
+
+def until(look: Callable[[], Any], is_right: Callable[[Any], bool]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_right(found := look()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def table_of(artifact: Any) -> list[dict[str, Any]]:
+    data = artifact["data"]
+    rows = json.loads(data) if isinstance(data, str) else data
+    assert isinstance(rows, list)
+    return rows
+
+
+def tensors(root: Path, stage: str) -> dict[str, dict[str, bytes]]:
+    """Every item's tensors, wherever they lie."""
+    storage = Storage(str(root))
+    catalog = load_catalog(storage, stage)
+    found = {}
+    for key in catalog.ok_keys():
+        row = catalog.get(key)
+        assert row
+        item = open_item(storage.local_path(row["data"], row["sha256"]), key)
+        found[key] = {name: item[name].tobytes() for name in item}
+    return found
+
+
+# --- what a run leaves
+
+
+def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
+    flow: Callable[..., Any], prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+) -> None:
+    state = flow(rendered.table, tmp_path)
+    assert state.is_completed(), state
+    assert videos(tmp_path / "datasets/batch") == videos(rendered.result.dataset)
+    for stage in ("face", "audio", "reference", "denoise"):
+        assert tensors(tmp_path, stage) == tensors(rendered.store, stage)
+
+    seen = Seen(prefect_server, state)
+    assert re.fullmatch(r"batch-\d{8}T\d{6}Z-[0-9a-f]{4}", seen.flow_run["name"])
+    assert (tmp_path / "runs" / seen.flow_run["name"] / "config.yaml").exists()
+    assert seen.flow_run["state"]["message"] == f"4 of 4 clips in {tmp_path}/datasets/batch"
+    runs = seen.task_runs(5)
+    assert {run["state_name"] for run in runs} == {"Completed"}
+    shards = [re.fullmatch(r"(\w+) (\d{4}) · (\d+) (\w+)", run["name"]) for run in runs]
+    items: dict[str, int] = {}
+    for shard, run in zip(shards, runs, strict=True):
+        assert shard, run["name"]
+        items[shard[1]] = items.get(shard[1], 0) + int(shard[3])
+        assert {shard[1], "preview"} < set(run["tags"])
+        assert len({"cpu-0", "cpu-1"} & set(run["tags"])) == 1
+    assert items == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
+
+    artifacts = seen.artifacts()
+    assert {name: found["type"] for name, found in artifacts.items()} == {
+        "progress": "progress",
+        "stages": "table",
+        "dataset": "markdown",
+    }
+    assert float(artifacts["progress"]["data"]) == 100.0
+    assert f"{tmp_path}/datasets/batch" in artifacts["dataset"]["data"]
+    rows = {row["stage"]: row for row in table_of(artifacts["stages"])}
+    assert list(rows) == ["face", "audio", "reference", "denoise", "decode"]
+    assert (rows["decode"]["items"], rows["decode"]["cached"], rows["decode"]["done"]) == (4, 0, 4)
+
+
+def test_reused_work_is_one_cached_task_per_stage(
+    flow: Callable[..., Any], prefect_server: PrefectServer, rendered: Rendered, store: Path
+) -> None:
+    state = flow(rendered.table, store, "video.crf=30", "limit=3")
+    assert state.is_completed(), state
+    runs = Seen(prefect_server, state).task_runs(5)
+    cached = {
+        run["name"]: run["state"]["message"]
+        for run in runs
+        if run["state_name"] == "Cached" and "preview" in run["tags"]
+    }
+    assert cached == {
+        "face reused · 2 pictures": "2 items",
+        "audio reused · 2 recordings": "2 items",
+        "reference reused · 2 pictures": "2 items",
+        "denoise reused · 3 clips": "3 items",
+    }
+    assert {run["name"].split()[0] for run in runs if run["state_name"] != "Cached"} == {"decode"}
+
+
+def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
+    flow: Callable[..., Any], prefect_server: PrefectServer, inputs: Path, tmp_path: Path
+) -> None:
+    picture = write_picture(tmp_path / "late.jpg", "closeup")
+    content = picture.read_bytes()
+    (tmp_path / "late.jpg").write_bytes((inputs / "landscape.png").read_bytes())
+    rows = [
+        {"name": "good", "image": str(inputs / "portrait.jpg"), "audio": str(inputs / "hello.wav")},
+        {"name": "bad", "image": str(picture), "audio": str(inputs / "hello.wav")},
+    ]
+    root = tmp_path / "store"
+    state = flow(write_table(tmp_path / "late.csv", rows), root)
+    assert state.is_failed()
+    assert state.message == "1 of 2 clips failed; max_failed_fraction=0 allows fewer"
+    assert list(videos(root / "datasets/late")) == ["good.mp4"]
+    seen = Seen(prefect_server, state)
+    failed = [run for run in seen.task_runs(6) if run["state_name"] == "Failed"]
+    assert len(failed) == 1
+    assert failed[0]["name"].startswith("reference ")
+    assert "no face found" in failed[0]["state"]["message"]
+    assert [row["name"] for row in table_of(seen.artifacts()["failures"])] == ["bad"]
+    assert until(seen.logs, lambda lines: any("bad: reference failed: no face found" in li for li in lines))
+
+    picture.write_bytes(content)
+    before = attempts(root, "decode")
+    command = [sys.executable, "-m", "prefect", "flow-run", "retry", seen.id, "--entrypoint", ENTRYPOINT]
+    done = subprocess.run(
+        command, env=prefect_server.environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert seen.flow_run["state_type"] == "COMPLETED"
+    assert sorted(videos(root / "datasets/late")) == ["bad.mp4", "good.mp4"]
+    assert len(attempts(root, "decode")) == len(before) + 1
+
+
+def test_a_failure_within_what_is_allowed_completes(
+    flow: Callable[..., Any], inputs: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"image": str(inputs / name), "audio": str(inputs / "hello.wav")}
+        for name in ("portrait.jpg", "landscape.png")
+    ]
+    state = flow(write_table(tmp_path / "half.csv", rows), tmp_path, "max_failed_fraction=0.5")
+    assert state.is_completed(), state
+
+
+def test_cancelling_through_the_server_stops_at_the_next_item(
+    flow: Callable[..., Any], prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+) -> None:
+    started = threading.Event()
+
+    def cancel() -> None:
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+        found = until(lambda: prefect_server.post("flow_runs/filter", wanted), bool)
+        until(lambda: list(tmp_path.glob("stages/face/manifests/*")), bool)
+        body = {"state": {"type": "CANCELLING"}}
+        prefect_server.post(f"flow_runs/{found[0]['id']}/set_state", body)
+        started.set()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    state = flow(rendered.table, tmp_path, "takes=60")
+    thread.join()
+    assert started.is_set()
+    assert state.is_cancelled()
+    assert Seen(prefect_server, state).flow_run["state_type"] == "CANCELLED"
+    kept = len(attempts(tmp_path, "decode")) if (tmp_path / "stages/decode").exists() else 0
+    assert kept < 240
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+    assert not (tmp_path / "datasets").exists()
+
+
+def test_credentials_are_in_no_parameter(rendered: Rendered, tmp_path: Path) -> None:
+    from flows.compose import compose_config
+    from flows.render import flow_parameters
+
+    words = ["storage.root=s3://bucket/a", "+storage.options.secret=hunter2"]
+    config = compose_config([*words, "table='https://me:hunter2@host/t.csv'"])
+    assert "hunter2" not in str(flow_parameters(config, "run"))
+    config = compose_config([*words, "table='https://host/t.csv?signature=hunter2'"])
+    assert "hunter2" not in str(flow_parameters(config, "run"))
+
+
+# --- the command
+
+
+def avatar(environment: dict[str, str], *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *map(str, words)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_the_command_appears_on_the_server(
+    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+) -> None:
+    process = avatar(prefect_server.environment, "render", rendered.table, f"storage.root={tmp_path}")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "4 of 4 clips in" in output
+    assert "flow run" not in output.lower()
+    name = next((tmp_path / "runs").iterdir()).name
+    found = prefect_server.post("flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
+    assert [run["state_type"] for run in found] == ["COMPLETED"]
+    assert found[0]["parameters"] == {
+        "table": str(rendered.table),
+        "overrides": [f"storage.root='{tmp_path}'"],
+        "run": name,
+    }
+
+
+def test_nothing_to_do_does_without_prefect(
+    prefect_server: PrefectServer, rendered: Rendered, store: Path
+) -> None:
+    code = (
+        "import sys; from flows.cli import app; app(standalone_mode=False); print('prefect' in sys.modules)"
+    )
+    words = ["render", str(rendered.table), f"storage.root={store}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "4 of 4 clips" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
+    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The first with the temporary server, which gets Ctrl-C as well, as in a terminal."""
+    environment = dict(prefect_server.environment)
+    if number == signal.SIGINT:
+        del environment["PREFECT_API_URL"]
+        environment["AVATAR_STATE_DIR"] = str(tmp_path / "state")
+    words = ("render", rendered.table, f"storage.root={tmp_path / 'store'}")
+    process = avatar(environment, *words, "takes=60")
+    until(lambda: list(tmp_path.glob("store/stages/face/manifests/*")) or process.poll() is not None, bool)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "what is finished is kept" in output
+    assert "Traceback" not in output
+    kept = attempts(tmp_path / "store", "face")["key"]
+    process = avatar(environment, *words)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert attempts(tmp_path / "store", "face")["key"].tolist().count(kept[0]) == 1
+    assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)

@@ -12,7 +12,7 @@ from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
 from avatar_core.media.source import stat_source
-from avatar_core.media.table import TableRow, parse_rows, read_table, resolve_uri
+from avatar_core.media.table import TableRow, TableRows, parse_rows, read_table, resolve_uri
 from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
@@ -149,7 +149,7 @@ def _located(name: str, value: Any, here: str) -> Any:
     return resolve_uri(os.fspath(value), here) if is_path else value
 
 
-def read_rows(config: Config) -> list[TableRow]:
+def read_rows(config: Config) -> TableRows:
     """The rows of the batch, with pictures and recordings as paths or URIs that hold from anywhere."""
     if config.table:
         table, remote = config.table, "://" in config.table
@@ -159,7 +159,7 @@ def read_rows(config: Config) -> list[TableRow]:
         rows = parse_rows(config.rows)
     else:
         raise ConfigError("nothing to render: give a table (`table=batch.csv`) or `rows`")
-    return [
+    return TableRows(
         dataclasses.replace(
             row,
             image=resolve_uri(row.image, table),
@@ -167,13 +167,13 @@ def read_rows(config: Config) -> list[TableRow]:
             audio_2=resolve_uri(row.audio_2, table) if row.audio_2 else None,
         )
         for row in rows
-    ]
+    )
 
 
-def select(
-    rows: Sequence[TableRow], names: Sequence[str], config: Config
-) -> tuple[list[TableRow], list[str]]:
+def select(rows: TableRows, names: list[str], config: Config) -> tuple[TableRows, list[str]]:
     """The rows that `only` and `limit` leave, with their names. Raises `ConfigError` for an unknown name."""
+    if not config.only and config.limit is None:
+        return rows, names
     chosen: Sequence[int] = range(len(rows))
     if config.only:
         known = set(names) | {row.name for row in rows if row.name}
@@ -182,7 +182,7 @@ def select(
                 raise ConfigError(f"no row is called `{wanted}`{nearest(wanted, sorted(known))}")
         chosen = [i for i in chosen if names[i] in config.only or rows[i].name in config.only]
     chosen = chosen[: config.limit]
-    return [rows[i] for i in chosen], [names[i] for i in chosen]
+    return TableRows(rows[i] for i in chosen), [names[i] for i in chosen]
 
 
 def ingest(

@@ -10,9 +10,11 @@ stage and publishes the dataset. Finished work is found by its content and never
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from avatar_core.batch import Batch, forget, open_batch, open_storage, recorder, take_in_again
@@ -21,7 +23,7 @@ from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, StoreError
 from avatar_core.plan import shards
 from avatar_core.progress import Observer, Silent
-from avatar_core.publish import Published, publish
+from avatar_core.publish import Published, publish, to_frame
 from avatar_core.run import run_shard
 from avatar_core.runs import find_run, read_plan, write_run
 from avatar_core.stages.base import ItemSpec
@@ -38,17 +40,26 @@ GUESSED_SECONDS = {"face": 0.3, "audio": 0.05, "reference": 0.3, "denoise": 0.01
 
 @dataclass(frozen=True)
 class Result:
-    """`dataset` is the folder or URI; `failures` are the rows of `metadata` that have no video."""
+    """`dataset` is the folder or URI; `clips` its rows of this run."""
 
     dataset: str
-    metadata: pd.DataFrame
-    failures: pd.DataFrame
+    clips: pa.Table
     run_id: str
     max_failed_fraction: float
 
+    @cached_property
+    def metadata(self) -> pd.DataFrame:
+        """A row per clip."""
+        return to_frame(self.clips)
+
+    @cached_property
+    def failures(self) -> pd.DataFrame:
+        """The rows that have no video."""
+        return to_frame(self.clips.filter(pc.not_equal(self.clips["status"], "ok")))
+
     @property
     def failed_fraction(self) -> float:
-        return len(self.failures) / max(1, len(self.metadata))
+        return len(self.failures) / max(1, len(self.clips))
 
     @property
     def ok(self) -> bool:
@@ -111,7 +122,7 @@ def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: O
         for stage in batch.stages:
             compact(batch.storage, stage)
         allowed = batch.config.max_failed_fraction
-        return Result(published.uri, published.metadata, published.failures, run_id, allowed)
+        return Result(published.uri, published.metadata, run_id, allowed)
     raise _unreliable(batch.storage)
 
 

@@ -50,13 +50,16 @@ SCHEMA = pa.schema(
 
 _VIDEO_COLUMNS = ("renderer", "width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
 _TABLE = b"avatar_table"
+_SAME = ["name", "sha256", "error", "run_id"]
+_KEPT = ["file_name", *_SAME]
 
 
 @dataclass(frozen=True)
 class Published:
+    """`metadata` has the rows of this run, in Arrow: a data frame of a large table is made only on demand."""
+
     uri: str
-    metadata: pd.DataFrame
-    failures: pd.DataFrame
+    metadata: pa.Table
 
 
 def publish(
@@ -76,7 +79,7 @@ def publish(
     Unless `complete`, clips that an earlier run published and this one does not mention stay.
     """
     folder = f"datasets/{name}"
-    old = _read(storage, f"{folder}/metadata.parquet")
+    old = _read(storage, f"{folder}/metadata.parquet", _KEPT if complete else None)
     videos = _Videos(clips, results["decode"])
     fresh = _keep_run_ids(_metadata(clips, results, videos, backend, run_id), old)
     if old is not None:
@@ -85,15 +88,13 @@ def publish(
     metadata = merged.replace_schema_metadata({_TABLE: (table or "").encode()})
     there = storage.list(f"{folder}/videos")
     _copy_videos(storage, folder, fresh, videos, old, there, observer)
-    failures = _frame(metadata.filter(pc.not_equal(metadata["status"], "ok")))
+    failures = to_frame(metadata.filter(pc.not_equal(metadata["status"], "ok")))
     _write(storage, f"{folder}/failures.csv", _csv(failures))
-    if old is None or not metadata.equals(old, check_metadata=True):
-        buffer = io.BytesIO()
-        pq.write_table(metadata, buffer)
-        storage.write_bytes(f"{folder}/metadata.parquet", buffer.getvalue())
+    buffer = io.BytesIO()
+    pq.write_table(metadata, buffer)
+    _write(storage, f"{folder}/metadata.parquet", buffer.getvalue())
     _delete_unlisted(storage, folder, old, metadata, there)
-    ours = _frame(fresh)
-    return Published(f"{storage.uri}/{folder}", ours, ours[ours["status"] != "ok"])
+    return Published(f"{storage.uri}/{folder}", fresh)
 
 
 class _Videos:
@@ -163,9 +164,8 @@ def _keep_run_ids(fresh: pa.Table, old: pa.Table | None) -> pa.Table:
     """A clip that is as an earlier run left it keeps that run's id, so that nothing changes needlessly."""
     if old is None:
         return fresh
-    same = ["name", "sha256", "error"]
-    before = {key: run_id for *key_, run_id in _rows(old, [*same, "run_id"]) if (key := tuple(key_))}
-    run_ids = [before.get(tuple(key), run_id) for *key, run_id in _rows(fresh, [*same, "run_id"])]
+    before = {tuple(same): run_id for *same, run_id in _rows(old, _SAME)}
+    run_ids = [before.get(tuple(same), run_id) for *same, run_id in _rows(fresh, _SAME)]
     index = fresh.column_names.index("run_id")
     return fresh.set_column(index, "run_id", pa.array(run_ids, pa.string()))
 
@@ -237,7 +237,7 @@ def _delete_unlisted(
         storage.delete([path for name in sorted(gone) if (path := f"{folder}/{name}") in there])
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
+def to_frame(table: pa.Table) -> pd.DataFrame:
     frame: pd.DataFrame = table.to_pandas(types_mapper=_pandas_type)
     return frame
 
@@ -251,17 +251,20 @@ def _warn_of_other_table(old: pa.Table, table: str | None, name: str, observer: 
         )
 
 
-def _read(storage: Storage, path: str) -> pa.Table | None:
+def _read(storage: Storage, path: str, columns: list[str] | None) -> pa.Table | None:
+    """The dataset's table as it is; None if there is none, or one of another layout."""
     if not storage.exists(path):
         return None
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        file = pq.ParquetFile(io.BytesIO(storage.read_bytes(path)))
+        if not {*SCHEMA.names} <= {*file.schema_arrow.names}:
+            return None
+        table: pa.Table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{path} in {storage.uri} cannot be read ({error}); delete it and run again"
         ) from error
-    absent = [column for column in SCHEMA.names if column not in table.column_names]
-    return None if absent else table
+    return table
 
 
 def _write(storage: Storage, path: str, data: bytes) -> None:

@@ -95,7 +95,7 @@ def render(
             "-o/--output goes with one PICTURE and one RECORDING; a table's videos are in its dataset"
         )
     result = _rendered(config)
-    print_result(console, result.metadata, result.dataset)
+    print_result(console, result)
     if output and result.failures.empty:
         _copy_video(config, result, output)
     _exit_for(result)
@@ -139,7 +139,7 @@ def rerun(
                 "for other options use `avatar render`, which keeps what stays the same"
             )
     result = _rendered(rerun_config(compose_config(overrides or []), run, stage=stage, only_failed=failed))
-    print_result(console, result.metadata, result.dataset)
+    print_result(console, result)
     _exit_for(result)
 
 

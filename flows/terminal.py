@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import pandas as pd
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avatar_core.batch import Batch
-from avatar_core.pipeline import Estimate
+from avatar_core.pipeline import Estimate, Result
 from avatar_core.progress import Observer
 
 ROWS_SHOWN = 40
@@ -144,12 +143,12 @@ class LiveView:
         self.progress.update(self._tasks[stage], completed=completed, note=", ".join(notes))
 
 
-def print_result(console: Console, metadata: pd.DataFrame, dataset: str) -> None:
+def print_result(console: Console, result: Result) -> None:
     table = Table(title=None, header_style="bold", pad_edge=False, box=None)
     for heading in ("clip", "status", "length", "size", "file or reason"):
         table.add_column(heading, overflow="fold")
-    ordered = metadata.sort_values("status", kind="stable")  # failures first
-    for row in ordered.head(ROWS_SHOWN).to_dict("records"):
+    ordered = result.clips.sort_by([("status", "ascending"), ("row", "ascending")])  # failures first
+    for row in ordered.slice(0, ROWS_SHOWN).to_pylist():
         if row["status"] == "ok":
             cells = [f"{row['duration_s']:.2f} s", f"{row['width']}x{row['height']}", row["file_name"]]
         else:
@@ -159,8 +158,9 @@ def print_result(console: Console, metadata: pd.DataFrame, dataset: str) -> None
     console.print(table)
     if len(ordered) > ROWS_SHOWN:
         console.print(f"... and {len(ordered) - ROWS_SHOWN} more in metadata.parquet")
-    failed = int((metadata["status"] != "ok").sum())
-    console.print(Text(f"{len(metadata) - failed} of {len(metadata)} clips in {dataset}"), soft_wrap=True)
+    total = len(ordered)
+    done = total - len(result.failures)
+    console.print(Text(f"{done} of {total} clips in {result.dataset}"), soft_wrap=True)
 
 
 def print_plan(console: Console, batch: Batch, forecast: Mapping[str, Estimate]) -> None:

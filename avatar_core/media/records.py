@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,15 +37,16 @@ class Record:
     error: str | None = None
 
 
-def parse_records(content: bytes, max_bytes: int) -> list[Record]:
-    """The format is told by the content. Raises `InputError` where the whole is no table."""
+def parse_records(content: bytes, max_bytes: int) -> Iterator[Record]:
+    """The format is told by the content. Raises `InputError` where the whole is no table, which may show
+    only after the first rows."""
     if not content.strip():
         raise InputError(f"is empty; {_FORMATS}")
     if content.startswith(b"PAR1"):
         return _parse_parquet(content, max_bytes)
     text = _decode(content)
     if text.lstrip()[0] in "{[":
-        return _parse_json(text)
+        return iter(_parse_json(text))
     return _parse_csv(text)
 
 
@@ -74,33 +75,33 @@ def check_columns(columns: Sequence[str]) -> None:
         )
 
 
-def _parse_parquet(content: bytes, max_bytes: int) -> list[Record]:
+def _parse_parquet(content: bytes, max_bytes: int) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(io.BytesIO(content))
         check_columns([name.strip() for name in file.schema_arrow.names])
-        rows: list[Mapping[str, Any]] = []
         unpacked = 0
         for batch in file.iter_batches(batch_size=8192):
             unpacked += batch.nbytes
             if unpacked > 4 * max_bytes:
                 raise InputError(f"unpacks to more than {4 * max_bytes} bytes; split the table")
-            rows += batch.to_pylist()
+            for row in batch.to_pylist():
+                yield Record({name.strip(): value for name, value in row.items()}, row)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"is a broken Parquet file ({reason}); write it again") from error
-    return [Record({name.strip(): value for name, value in row.items()}, row) for row in rows]
 
 
-def _parse_csv(text: str) -> list[Record]:
+def _parse_csv(text: str) -> Iterator[Record]:
     delimiter = _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = (row for row in reader if any(cell.strip() for cell in row))
     try:
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
+        header = [cell.strip() or f"column_{index}" for index, cell in enumerate(next(rows), start=1)]
+        check_columns(header)
+        for row in rows:
+            yield _csv_record(header, row)
     except csv.Error as error:
         raise InputError(f"line {reader.line_num}: {error}; check the quotes of this line") from error
-    header = [cell.strip() or f"column_{index}" for index, cell in enumerate(rows[0], start=1)]
-    check_columns(header)
-    return [_csv_record(header, row) for row in rows[1:]]
 
 
 def _csv_record(header: Sequence[str], row: Sequence[str]) -> Record:

@@ -163,7 +163,7 @@ def test_a_worker_that_is_stopped_lets_its_run_stop(
 ) -> None:
     often = registered(prefect_server)["often"]["id"]
     prefect_server.post(f"deployments/{often}/pause_deployment", {})
-    long = {"table": str(rendered.table), "overrides": ["name=long", "takes=300"]}
+    long = {"table": str(rendered.table), "overrides": ["name=long", "takes=100"]}
     run = prefect_server.post(f"deployments/{often}/create_flow_run", {"parameters": long})
     wait_until(lambda: prefect_server.get(f"flow_runs/{run['id']}")["name"].startswith("long-"))
     worker.send_signal(signal.SIGTERM)

@@ -18,7 +18,7 @@ ROW = "1,a.png,a.wav,A woman talks.,25\n"
 def read(tmp_path: Path, content: str | bytes, name: str = "batch.csv") -> list[TableRow]:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_table(str(path))
+    return list(read_table(str(path)))
 
 
 def read_cell(tmp_path: Path, column: str, value: str) -> TableRow:
@@ -315,7 +315,7 @@ def test_table_that_cannot_be_read(tmp_path: Path) -> None:
 def test_table_from_a_uri(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/tables/rows.csv", (HEADER + ROW).encode())
     (tmp_path / "rows.csv").write_text(HEADER + ROW)
-    assert read_table("memory://tables/rows.csv") == read_table(f"file://{tmp_path}/rows.csv")
+    assert list(read_table("memory://tables/rows.csv")) == list(read_table(f"file://{tmp_path}/rows.csv"))
 
 
 @pytest.mark.parametrize(

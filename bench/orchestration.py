@@ -24,7 +24,7 @@ import threading
 import time
 import wave
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +46,13 @@ from flows.server import start_server, stop_server
 HERE = Path(__file__).resolve().parent
 AVATAR = [sys.executable, "-c", "import stub_backend; from flows.cli import main; main()"]
 YARDSTICK = [sys.executable, str(HERE / "yardsticks.py")]
-OPTIONS = ["backend=stub", "face.required=false", "runtime.gpus=[0]", "runtime.pretend=true", "runtime.cpus=2"]
+OPTIONS = [
+    "backend=stub",
+    "face.required=false",
+    "runtime.gpus=[0]",
+    "runtime.pretend=true",
+    "runtime.cpus=2",
+]
 MILLISECONDS_C = (20, 40, 20)
 
 POLL_S = 0.05
@@ -89,7 +95,7 @@ class Sizes:
     large: int = 100_000
 
 
-QUICK = Sizes((20, 200), (10, 40), 40, 40, 1, 400)
+QUICK = Sizes((20, 200), (10, 40), 40, 40, 1, 2000)
 
 
 # --- processes
@@ -100,6 +106,8 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.finished: dict[int, tuple[StubBatch, Usage]] = {}
+        """Batches of stubs without work and what they took, by number of rows."""
         self._kept: set[int] = set()
         paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -111,6 +119,13 @@ class Machine:
         }
         # What loses its parent becomes our child: so its time is counted, and it can be ended.
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+        if (
+            sys.dont_write_bytecode
+        ):  # an installed package has its bytecode: every start would compile it anew
+            self.environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+            del self.environment["PYTHONDONTWRITEBYTECODE"]
+            modules = "stub_backend, flows.queue_child, flows.render, prefect.server.api.server, uvicorn.main"
+            self.run([sys.executable, "-c", f"import {modules}"])
 
     def run(self, command: Sequence[str], kill_when: Callable[[], bool] = lambda: False) -> Usage:
         """Raises `RuntimeError` with the end of the output unless it ends well or is killed on purpose."""
@@ -217,12 +232,6 @@ class StubBatch:
         paths = [str(self.folder / word) if word in ("table.csv", "conf") else word for word in words]
         return self.machine.run([*AVATAR, *paths, f"storage.root={self.folder / 'store'}"], kill_when)
 
-    def calls(self, stage: str) -> pd.DataFrame:
-        """Calls of a stage so far: item, start_s, end_s."""
-        if not (self.folder / "calls.log").exists():
-            return pd.DataFrame({"stage": [], "item": [], "start_s": [], "end_s": []})
-        return read_calls(self.folder, stage)
-
     def _write_table(self) -> None:
         pictures, recordings = assets(self.rows)
         for number in range(pictures):
@@ -242,10 +251,12 @@ class StubBatch:
         file.write_text(yaml.safe_dump({"name": "stub", "log": str(self.folder / "calls.log"), **values}))
 
 
-def read_calls(folder: Path, stage: str) -> pd.DataFrame:
+def read_calls(folder: Path, stage: str | None = None) -> pd.DataFrame:
+    """Calls so far: item, start_s, end_s."""
     names = ["stage", "item", "start_s", "end_s"]
+    (folder / "calls.log").touch()
     calls = pd.read_csv(folder / "calls.log", sep=" ", names=names, dtype={"item": str})
-    return calls[calls["stage"] == stage]
+    return calls[calls["stage"] == stage] if stage else calls
 
 
 def _write_recording(path: Path, frequency: float) -> None:
@@ -266,17 +277,17 @@ def yardstick(machine: Machine, runner: str, name: str, rows: int, seconds: Seco
 
 def overhead(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     """A: what a row and stage costs, and what a run costs beside its rows."""
-    first = StubBatch(machine, "first", 1).render()
-    yield Figure("A", "one row, new Prefect database", f"{first.wall_s:.1f} s, {first.cpu_s:.1f} CPU s")
-    start = StubBatch(machine, "start", 1).render()
-    text = f"{start.wall_s:.1f} s, {start.cpu_s:.1f} CPU s"
-    yield Figure("A", "one row, existing database", text, "12 s", start.wall_s <= 12)
+    first = StubBatch(machine, "first", 1)
+    yield Figure("A", "one row, new Prefect database", _start(first, first.render()))
+    again = StubBatch(machine, "again", 1)
+    start = again.render()
+    yield Figure("A", "one row, existing database", _start(again, start), "12 s", start.wall_s <= 12)
 
     flow, bare = [], []
     for rows in sizes.overhead:
-        batch = StubBatch(machine, f"overhead-{rows}", rows)
-        flow.append(batch.render())
-        yield Figure("A", f"{rows} rows", _usage(flow[-1]))
+        batch, usage = _rendered(machine, rows)
+        flow.append(usage)
+        yield Figure("A", f"{rows} rows", _usage(usage))
         yield Figure("A", f"{rows} rows again, nothing to do", _usage(batch.render()))
         bare.append(yardstick(machine, "bare", f"overhead-{rows}", rows))
         yield Figure("A", f"{rows} rows, bare loop", _usage(bare[-1]))
@@ -297,18 +308,24 @@ def crash(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     """B: what is done twice after a kill of everything in mid-run."""
     rows = sizes.crash
     batch = StubBatch(machine, "crash", rows, (0.005, 0.02, 0.005))
-    batch.render(kill_when=lambda: len(batch.calls("denoise")) >= rows // 2)
-    called = list(batch.calls("denoise")["item"])
+    batch.render(kill_when=lambda: len(read_calls(batch.folder, "denoise")) >= rows // 2)
+    called = list(read_calls(batch.folder, "denoise")["item"])
     committed = set(load_catalog(batch.storage, "denoise").table["seed"].cast("string").to_pylist())
     batch.render()
-    again = list(batch.calls("denoise")["item"])[len(called) :]
+    again = list(read_calls(batch.folder, "denoise")["item"])[len(called) :]
     yield Figure("B", f"gpu calls before the kill, of {rows}", f"{len(called)}, {len(committed)} committed")
     repeated = len(committed.intersection(again))
     yield Figure("B", "committed gpu calls repeated", str(repeated), "0", repeated == 0)
     in_flight = len(set(called).intersection(again)) - repeated
     yield Figure("B", "gpu calls in flight repeated", str(in_flight))
-    complete = len(set(batch.calls("decode")["item"])) == rows
-    yield Figure("B", "clips in the end", str(len(set(batch.calls("decode")["item"]))), str(rows), complete)
+    complete = len(set(read_calls(batch.folder, "decode")["item"])) == rows
+    yield Figure(
+        "B",
+        "clips in the end",
+        str(len(set(read_calls(batch.folder, "decode")["item"]))),
+        str(rows),
+        complete,
+    )
 
 
 def pipelining(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
@@ -316,28 +333,27 @@ def pipelining(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     rows, (prep_s, denoise_s, decode_s) = sizes.pipelining, (ms / 1e3 for ms in MILLISECONDS_C)
     seconds = (prep_s, denoise_s, decode_s)
     shares, firsts, limits = [], [], []
-    with machine.server():
-        for number in range(sizes.pipelining_runs):
-            batch = StubBatch(machine, f"pipe-{number}", rows, seconds, f"runtime.shard_seconds={8 * denoise_s}")
-            batch.render()
-            shares.append(_busy_share(batch.calls("denoise")))
-            first_s, own_s = _first_clip(batch)
-            firsts.append(first_s)
-            limits.append(1.2 * own_s + 1)
+    for number in range(sizes.pipelining_runs):
+        batch = StubBatch(machine, f"pipe-{number}", rows, seconds, f"runtime.shard_seconds={8 * denoise_s}")
+        batch.render()
+        shares.append(_busy_share(read_calls(batch.folder, "denoise")))
+        first_s, own_s = _first_clip(batch)
+        firsts.append(first_s)
+        limits.append(1.2 * own_s + 1)
     share = statistics.median(shares)
     text = f"{share:.1%} (of {', '.join(f'{each:.1%}' for each in shares)})"
     yield Figure("C", f"GPU busy, {rows} rows, shards of 8", text, "95 %", share >= 0.95)
     first_s, limit_s = statistics.median(firsts), statistics.median(limits)
-    yield Figure(
-        "C", "first clip, after ingest", f"{first_s:.2f} s", f"{limit_s:.2f} s", first_s <= limit_s
-    )
+    yield Figure("C", "first clip, after ingest", f"{first_s:.2f} s", f"{limit_s:.2f} s", first_s <= limit_s)
     for runner in ("bare", "prefect"):
         usage = yardstick(machine, runner, "pipelining", rows, seconds)
         folder = machine.folder / f"{runner}-pipelining"
         denoised, decoded = read_calls(folder, "denoise"), read_calls(folder, "decode")
         begin_s, end_s = read_calls(folder, "prep")["start_s"].min(), decoded["end_s"].max()
         first = decoded["end_s"].min() - begin_s
-        text = f"GPU busy {_busy_share(denoised):.1%}, first clip after {first:.2f} of {end_s - begin_s:.1f} s"
+        text = (
+            f"GPU busy {_busy_share(denoised):.1%}, first clip after {first:.2f} of {end_s - begin_s:.1f} s"
+        )
         name = {"bare": "bare loop", "prefect": "Prefect, task per row and stage"}[runner]
         yield Figure("C", f"{name} ({usage.cpu_s:.1f} CPU s)", text)
 
@@ -346,8 +362,7 @@ def large(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     """D: a large table, and finding that nothing is left to do."""
     peaks = {}
     for rows in (sizes.large // 10, sizes.large):
-        batch = StubBatch(machine, f"large-{rows}", rows)
-        usage = batch.render()
+        batch, usage = _rendered(machine, rows)
         peaks[rows] = usage.peak_bytes
         yield Figure("D", f"{rows} rows", _usage(usage))
     peak = peaks[sizes.large]
@@ -356,6 +371,13 @@ def large(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     yield Figure("D", "memory per row between the two", f"{per_row:.0f} B", "1000 B", per_row <= 1000)
     again = batch.render()
     yield Figure("D", f"{sizes.large} rows again, nothing to do", _usage(again), "10 s", again.wall_s < 10)
+
+
+def _rendered(machine: Machine, rows: int) -> tuple[StubBatch, Usage]:
+    if rows not in machine.finished:
+        batch = StubBatch(machine, f"rows-{rows}", rows)
+        machine.finished[rows] = batch, batch.render()
+    return machine.finished[rows]
 
 
 def _busy_share(calls: pd.DataFrame) -> float:
@@ -367,11 +389,16 @@ def _busy_share(calls: pd.DataFrame) -> float:
 def _first_clip(batch: StubBatch) -> tuple[float, float]:
     """Seconds from the end of ingest to the first finished clip, and the seconds of its own stages."""
     ingested_s = max(info.mtime for info in batch.storage.list("stages/ingest/manifests").values())
-    first = batch.calls("decode").sort_values("end_s").iloc[0]
+    first = read_calls(batch.folder, "decode").sort_values("end_s").iloc[0]
     clips = read_plan(batch.storage, list_runs(batch.storage)[-1]).set_index("decode_key", drop=False)
     clip = clips.loc[first["item"]]
     rows = [load_catalog(batch.storage, stage).get(clip[f"{stage}_key"]) for stage in STAGES]
     return first["end_s"] - ingested_s, sum(row["seconds"] for row in rows if row)
+
+
+def _start(batch: StubBatch, usage: Usage) -> str:
+    called_s = read_calls(batch.folder)["start_s"].min() - usage.started_s
+    return f"{usage.wall_s:.1f} s, first call after {called_s:.1f} s, {usage.cpu_s:.1f} CPU s"
 
 
 def _usage(usage: Usage) -> str:
@@ -381,6 +408,8 @@ def _usage(usage: Usage) -> str:
 # --- results
 
 TESTS = {"A": overhead, "B": crash, "C": pipelining, "D": large}
+WITH_SERVER = ("B", "C")
+"""The others start the temporary one with each run."""
 
 
 def main() -> None:
@@ -396,9 +425,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         machine, figures = Machine(folder), []
         for name in options.only:
-            for figure in TESTS[name](machine, QUICK if options.quick else Sizes()):
-                figures.append(figure)
-                console.print(f"{figure.test}  {figure.what}: {figure.value}", style="dim", highlight=False)
+            with machine.server() if name in WITH_SERVER else nullcontext():
+                for figure in TESTS[name](machine, QUICK if options.quick else Sizes()):
+                    figures.append(figure)
+                    console.print(
+                        f"{figure.test}  {figure.what}: {figure.value}", style="dim", soft_wrap=True
+                    )
     console.print(as_table(figures))
     console.print("\n".join(about()), highlight=False)
     if options.save:

@@ -134,4 +134,4 @@ class MuxStage(DecodeStage):
         return Output(columns, file=path)
 
 
-registry.DecodeStage = MuxStage  # type: ignore[misc]
+registry.DecodeStage = MuxStage  # type: ignore[attr-defined]

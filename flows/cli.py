@@ -357,14 +357,31 @@ def _prefect_server() -> Iterator[None]:
 
     # Its own log goes to its server; here the view shows what counts.
     logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
-    if PREFECT_API_URL.value():
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if url := PREFECT_API_URL.value():
+        _check_server(url)
         yield
         return
     with TemporaryServer() as server:
-        import flows.render  # noqa: F401 - takes as long as the server does
+        import flows.render  # takes as long as the server does
 
         with temporary_settings({PREFECT_API_URL: server.wait()}):
             yield
+            flows.render.send_what_is_left()
+
+
+def _check_server(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            problem = client.api_healthcheck()
+    except Exception as error:
+        problem = error
+    if problem:
+        raise ConfigError(
+            f"the Prefect server at {url} does not answer ({problem}); start it, or unset PREFECT_API_URL"
+        )
 
 
 def _configured(

@@ -17,8 +17,10 @@ from prefect import flow, get_client, runtime, tags
 from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled as CancelledState
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -40,6 +42,7 @@ from tasks.shards import reuse, run_shard_on_queue
 log = logging.getLogger(__name__)
 
 UPDATE_INTERVAL_S = 2.0
+SEND_TIMEOUT_S = 10.0
 FAILURES_SHOWN = 500
 
 
@@ -166,6 +169,12 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
 
 
+def send_what_is_left() -> None:
+    """Logs and states are sent in the background; call before a server ends with the process."""
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=SEND_TIMEOUT_S)
+
+
 # --- what Prefect shows
 
 
@@ -178,8 +187,18 @@ class LogObserver(Silent):
 
 def _submitter(backend: str) -> Callable[[str, str, str, Callable[[], JobResult]], None]:
     def submit(stage: str, queue: str, label: str, call: Callable[[], JobResult]) -> None:
+        called = threading.Event()
+
+        def in_task() -> State[Any]:
+            called.set()
+            return _shard_state(call())
+
+        def ended(future: Any) -> None:
+            if not called.is_set():  # the server is away: the work goes on without being shown
+                call()
+
         with tags(stage, queue, backend):
-            run_shard_on_queue.submit(label, lambda: _shard_state(call()))
+            run_shard_on_queue.submit(label, in_task).add_done_callback(ended)
 
     return submit
 
@@ -286,7 +305,7 @@ def _forwarded_logs(coordinator: Coordinator) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("avatar_core", "flows")]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.propagate = logger.isEnabledFor(logging.INFO)  # the terminal has asked for it
+        logger.propagate = False  # Prefect's loggers pass it on
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
     try:

@@ -65,7 +65,7 @@ class Server:
 
 def state_folder() -> Path:
     folder = os.environ.get("AVATAR_STATE_DIR")
-    return Path(folder).expanduser() if folder else user_state_path("avatar-dataset")
+    return Path(folder).expanduser().resolve() if folder else user_state_path("avatar-dataset")
 
 
 def log_path() -> Path:

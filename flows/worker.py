@@ -1,8 +1,8 @@
 """Deployments on this machine: the work pool `local` and the worker that runs what is scheduled there.
 
-Prefect puts the working directory first on the import path when it loads a flow, so that a package of the
-user's that is called `flows` would be taken for ours. Each run is therefore started by our own command,
-`avatar execute`, which has our package loaded before Prefect looks for the flow.
+Prefect puts the working directory first on the import path when it loads a flow, so that packages of the
+user's that are called `flows` or `tasks` would be taken for ours. Each run is therefore started by our own
+command, `avatar execute`, which has ours loaded before Prefect looks for the flow.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ async def _serve(limit: int) -> None:
     async def take_unless_stopping() -> list[Any]:
         return [] if stopping.is_set() else await take()
 
-    async def stop() -> None:
-        for pid in _children():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    async def stop_when_idle() -> None:
+        await stopping.wait()
         while worker.limiter.borrowed_tokens:
             await asyncio.sleep(0.1)
         serving.cancel()
@@ -80,21 +79,25 @@ async def _serve(limit: int) -> None:
     def on_signal() -> None:
         if stopping.is_set():
             serving.cancel()  # kills the runs
-        else:
-            stopping.set()
-            tasks.append(asyncio.create_task(stop()))
+        stopping.set()
+        _ask_children_to_stop()
 
     worker.get_and_submit_flow_runs = take_unless_stopping  # type: ignore[method-assign]
-    serving, tasks = asyncio.ensure_future(worker.start()), list[asyncio.Task[None]]()
+    serving = asyncio.ensure_future(worker.start())
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    ending = asyncio.create_task(stop_when_idle())
     with suppress(asyncio.CancelledError):
         await serving
+    ending.cancel()
 
 
-def _children() -> list[int]:
-    lists = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for path in lists for pid in path.read_text(encoding="ascii").split()]
+def _ask_children_to_stop() -> None:
+    """A run then stops after its current step."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in path.read_text(encoding="ascii").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGTERM)
 
 
 def execute_run() -> None:
@@ -111,6 +114,7 @@ def execute_run() -> None:
         )
     if os.getpgrp() != os.getpid():
         os.setpgrp()  # Ctrl-C goes to the worker alone, which asks its runs to stop just once
+    import_module("flows.render")  # with all that it needs, from where they are safe
     sys.argv[1:] = []  # where Prefect would look for the run's id first
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from avatar_core.errors import StoreError
 from avatar_core.batch import open_batch
+from avatar_core.errors import StoreError
 from avatar_core.pipeline import render
 from avatar_core.runs import write_run
 from avatar_core.status import ClipFailure, StageStatus, read_status, summarise_runs

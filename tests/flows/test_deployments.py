@@ -35,7 +35,7 @@ def deployments(prefect_server: PrefectServer) -> dict[str, Any]:
 def folder(
     tmp_path_factory: pytest.TempPathFactory, prefect_server: PrefectServer, rendered: Rendered
 ) -> Path:
-    """A user's folder with deployments of their own and, by bad luck, a package called `flows`."""
+    """A user's folder with deployments of their own and, by bad luck, packages named as ours."""
     folder = tmp_path_factory.mktemp("user") / "renders"
     folder.mkdir()
     values = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
@@ -47,8 +47,9 @@ def folder(
     }
     (folder / "prefect.yaml").write_text(yaml.safe_dump({"deployments": chosen}), encoding="utf-8")
     deploy(prefect_server, folder)
-    (folder / "flows").mkdir()
-    (folder / "flows" / "__init__.py").write_text("raise RuntimeError('the wrong flows')\n")
+    for package in ("flows", "tasks", "avatar_core"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text(f"raise RuntimeError('the wrong {package}')\n")
     return folder
 
 
@@ -148,7 +149,7 @@ def test_on_demand_renders_the_samples(deployments: dict[str, Any]) -> None:
 def test_a_schedule_fires(
     prefect_server: PrefectServer, folder: Path, worker: subprocess.Popen[bytes], rendered: Rendered
 ) -> None:
-    """Runs with our `flows`, though the folder it runs in has another, and with its parameters intact."""
+    """Runs with our packages, though the folder it runs in has others, and with its parameters intact."""
     run = ended_run(prefect_server, "often")
     assert run["state"]["type"] == "COMPLETED", run["state"]
     assert run["auto_scheduled"]

@@ -283,6 +283,17 @@ def test_the_command_appears_on_the_server(
     }
 
 
+def test_a_server_that_is_not_there_is_one_line(
+    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+) -> None:
+    environment = prefect_server.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    process = avatar(environment, "render", rendered.table, f"storage.root={tmp_path}")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: the Prefect server at http://127.0.0.1:9/api does not answer" in output
+    assert "Traceback" not in output
+
+
 def test_nothing_to_do_does_without_prefect(
     prefect_server: PrefectServer, rendered: Rendered, store: Path
 ) -> None:
@@ -315,7 +326,7 @@ def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
     assert "what is finished is kept" in output
     assert "Traceback" not in output
     kept = attempts(tmp_path / "store", "face")["key"]
-    process = avatar(environment, *words)
+    process = avatar(prefect_server.environment, *words)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert attempts(tmp_path / "store", "face")["key"].tolist().count(kept[0]) == 1

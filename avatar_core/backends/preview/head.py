@@ -33,6 +33,7 @@ class HeadSway:
         low, high = np.multiply(first, self._cell), np.multiply(last, self._cell)
         self.box = Box(int(low[0]), int(low[1]), min(int(high[0]), width), min(int(high[1]), height))
         self._faces = [box for face in faces if not (box := self._face_box(face)).empty]
+        self._others = _bands(Box(0, 0, self.box.x1 - self.box.x0, self.box.y1 - self.box.y0), self._faces)
 
     def _nodes(self, cells: int) -> FloatArray:
         return ((np.arange(-1, cells + 1) + 0.5) * self._cell - 0.5).astype(np.float32)
@@ -68,11 +69,27 @@ class HeadSway:
         every_pixel = resize(sources, (columns * cell, rows * cell))
         x0, y0, x1, y1 = self.box
         inside = every_pixel[cell : cell + y1 - y0, cell : cell + x1 - x0]
+        moved = np.empty((*inside.shape[:2], 3), np.uint8)
+        for part in self._others:
+            moved[part.slices] = warp_picture(frame, inside[part.slices], cv2.INTER_LINEAR)
         # Linear interpolation blurs, and more so half-way between pixels: faces get the better, slower one.
-        moved = warp_picture(frame, inside, cv2.INTER_LINEAR)
         for face in self._faces:
             moved[face.slices] = warp_picture(frame, inside[face.slices], cv2.INTER_CUBIC)
         frame[self.box.slices] = moved
+
+
+def _bands(whole: Box, faces: Sequence[Box]) -> list[Box]:
+    """Boxes that cover `whole` outside of the first face, and perhaps parts of the others."""
+    if not faces:
+        return [whole]
+    x0, y0, x1, y1 = faces[0]
+    parts = [
+        Box(whole.x0, whole.y0, whole.x1, y0),
+        Box(whole.x0, y0, x0, y1),
+        Box(x1, y0, whole.x1, y1),
+        Box(whole.x0, y1, whole.x1, whole.y1),
+    ]
+    return [part for part in parts if part.x0 < part.x1 and part.y0 < part.y1]
 
 
 def _sway_fields(

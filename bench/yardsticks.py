@@ -84,7 +84,7 @@ def run_prefect(files: Files) -> None:
 
     tasks = [as_task(function) for function in (files.prepare, denoise, files.decode)]
 
-    @flow(name="task-per-row", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)
+    @flow(name="task-per-row", task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)  # type: ignore[arg-type]
     def render_rows() -> None:
         prepare, denoise, decode = tasks
         pictures, recordings = assets(files.rows)

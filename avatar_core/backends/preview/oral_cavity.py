@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from avatar_core.backends.preview.axes import Box, FaceAxes, smoothstep
 from avatar_core.backends.preview.warp import FloatArray, Picture
 
-LUMINANCE = np.array([0.30, 0.59, 0.11])
+LUMINANCE = np.array([0.30, 0.59, 0.11], np.float32)
 CAVITY_TOP, CAVITY_BOTTOM = np.array([66, 26, 24], np.float32), np.array([30, 9, 10], np.float32)
 TONGUE = np.array([146, 66, 62], np.float32)
 TEETH = np.array([232, 226, 210], np.float32)
@@ -80,6 +80,8 @@ def draw_cavity(
     teeth = smoothstep(edge - below_upper, -0.012, 0.02) * smoothstep(height, 0.03, 0.10)
     teeth = teeth[..., None] * (teeth_opacity * (0.92 if spread else 0.55))
     coloured = cavity * (1 - teeth) + _teeth_colour(light, u, below_upper) * teeth
+    if light.saturation == 1:
+        return np.asarray(coloured, np.float32)
     grey = (coloured @ LUMINANCE)[..., None]
     return np.asarray(grey + light.saturation * (coloured - grey), np.float32)
 

@@ -222,6 +222,7 @@ class ClipBuilder:
             boxes=boxes,
             rule=self.config.face.rule,
             required=self.config.face.required,
+            min_face=self.config.face.min_face,
             backend=self._settings(params).get("reference"),
         )
         face = self._face(image)

@@ -334,8 +334,14 @@ def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], b
         from flows.render import Handover, flow_parameters, handed_over, render_dataset
 
         handover = Handover(batch, run_id, view, stopped)
-        with handed_over(handover):
-            state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
+        try:
+            with handed_over(handover):
+                state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
+        except Exception as error:
+            if handover.result is None:
+                raise
+            view.warning(f"the Prefect server was not told of the end: {error}")
+            return handover.result
     if state.is_cancelled():
         raise Cancelled("stopped by the user")
     if handover.result is None:

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from prefect import flow, get_client, runtime, tags
 from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
@@ -123,8 +124,6 @@ def _opened(config: Config, cancelled: Callable[[], bool]) -> Handover:
 
 def _render(handover: Handover, stop: threading.Event, cancelled: Callable[[], bool]) -> State[Any]:
     batch, observer = handover.batch, handover.observer
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(UUID(runtime.flow_run.id), name=handover.run_id)
     _show_reused(batch.plan(), batch.backend.name)
     settings = run_settings(batch.config)
     coordinator = Coordinator(batch, settings, observer)
@@ -133,10 +132,11 @@ def _render(handover: Handover, stop: threading.Event, cancelled: Callable[[], b
         with _queues(batch, settings) as queues:
             coordinator.run(queues, _submitter(batch.backend.name), cancelled)
 
-    with _forwarded_logs(coordinator), _Monitor(coordinator, batch.name, stop):
+    with _forwarded_logs(coordinator), _Monitor(coordinator, handover, stop):
         handover.result = finish_batch(batch, handover.run_id, run, observer)
     handover.undone = coordinator.undone
-    _show_result(batch.name, handover.result)
+    with _not_vital():
+        _show_result(batch.name, handover.result)
     return _final_state(handover)
 
 
@@ -222,6 +222,15 @@ def _show_reused(plan: Mapping[str, StagePlan], backend: str) -> None:
                 reuse.submit(label, counted("item", stage_plan.cached))
 
 
+@contextmanager
+def _not_vital() -> Iterator[None]:
+    """A server that is away costs its pages, not the run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("the Prefect server was not told: %s", error)
+
+
 def _show_result(name: str, result: Result) -> None:
     failures = result.failures.head(FAILURES_SHOWN)
     if len(failures):
@@ -240,20 +249,19 @@ def _key(name: str) -> str:
 
 
 class _Monitor:
-    """Beside the run: shows its progress and hears of a cancellation.
+    """Beside the run: gives it its name, shows its progress and hears of a cancellation.
 
     In a thread of its own, so that a slow or absent server never keeps a queue waiting.
     """
 
-    def __init__(self, coordinator: Coordinator, name: str, stop: threading.Event) -> None:
+    def __init__(self, coordinator: Coordinator, handover: Handover, stop: threading.Event) -> None:
         self._coordinator = coordinator
+        self._name, self._run_id = handover.batch.name, handover.run_id
         self._stop = stop
         self._over = threading.Event()
         self._flow_run_id = UUID(runtime.flow_run.id)
-        self._progress_id: Any = create_progress_artifact(0.0, f"{_key(name)}-progress", "part of the time")
-        self._table_id: Any = create_table_artifact(
-            self._table(), f"{_key(name)}-stages", "what each stage had, and what this run did"
-        )
+        self._progress_id: Any = None
+        self._table_id: Any = None
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._watch,), daemon=True)
 
@@ -266,23 +274,32 @@ class _Monitor:
         self._thread.join()
 
     def _watch(self) -> None:
-        shown = ""
         with get_client(sync_client=True) as client:
             over = False
             while not over:
+                with _not_vital():
+                    if self._table_id is None:
+                        self._introduce(client)
+                    else:
+                        self._update(client)
                 over = self._over.wait(UPDATE_INTERVAL_S)
-                try:
-                    state = client.read_flow_run(self._flow_run_id).state
-                    if state and (state.is_cancelling() or state.is_cancelled()):
-                        self._stop.set()
-                    table = json.dumps(self._table())
-                    if table != shown:
-                        client.update_artifact(self._table_id, ArtifactUpdate(data=table))
-                    percent = round(100 * self._coordinator.progress, 1)
-                    client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
-                    shown = table
-                except Exception as error:
-                    log.debug("the Prefect server was not told of the progress", exc_info=error)
+            with _not_vital():
+                self._update(client)
+
+    def _introduce(self, client: SyncPrefectClient) -> None:
+        client.update_flow_run(self._flow_run_id, name=self._run_id)
+        self._progress_id = create_progress_artifact(0.0, f"{_key(self._name)}-progress", "part of the time")
+        self._table_id = create_table_artifact(
+            self._table(), f"{_key(self._name)}-stages", "what each stage had, and what this run did"
+        )
+
+    def _update(self, client: SyncPrefectClient) -> None:
+        state = client.read_flow_run(self._flow_run_id).state
+        if state and (state.is_cancelling() or state.is_cancelled()):
+            self._stop.set()
+        percent = round(100 * self._coordinator.progress, 1)
+        client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
+        client.update_artifact(self._table_id, ArtifactUpdate(data=json.dumps(self._table())))
 
     def _table(self) -> list[dict[str, Any]]:
         return [

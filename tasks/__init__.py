@@ -12,6 +12,7 @@ _DEFAULTS = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # of the temporary one, which would write into the terminal
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # it tells in the terminal of every unsent event
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 

@@ -12,10 +12,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from avatar_core.clips import STAGES
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError, InputError, StoreError
 from avatar_core.pipeline import Result, render, rerun
-from avatar_core.plan import STAGES
 from tests.sample_rows import (
     Rendered,
     Watcher,

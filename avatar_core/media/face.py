@@ -205,11 +205,16 @@ def similarity(source: Floats, target: Floats) -> Floats:
 
 
 def choose(
-    faces: Sequence[Face], rule: str, boxes: Sequence[Sequence[float]] | None = None, count: int = 1
+    faces: Sequence[Face],
+    rule: str,
+    boxes: Sequence[Sequence[float]] | None = None,
+    count: int = 1,
+    *,
+    min_face: int = 40,
 ) -> list[Face]:
     """The `count` faces that speak. `boxes` has one x_min, y_min, x_max, y_max per speaker in picture
     pixels and decides alone; without it, one speaker is found by `rule` and several are the largest
-    faces, left to right."""
+    faces, left to right. `min_face` was the detector's."""
     if rule not in RULES:
         raise InputError(f"unknown face rule {rule!r}; choose from {', '.join(RULES)}")
     if boxes is not None and len(boxes) != count:
@@ -217,7 +222,7 @@ def choose(
     if not faces:
         raise InputError(
             f"no face found in the picture (needs {count}); use a picture with a clearly visible face of "
-            "at least face.min_face pixels, or set face.required=false"
+            f"at least {min_face} pixels (face.min_face), or set face.required=false"
         )
     if len(faces) < count:
         raise InputError(

@@ -1,7 +1,7 @@
 """Reference: the picture at the size of the video, as the backend wants it. Faces are chosen here."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class ReferenceStageConfig:
     boxes: tuple[tuple[float, ...], ...] = ()
     rule: str = FaceConfig.rule
     required: bool = FaceConfig.required
+    min_face: int = field(default=FaceConfig.min_face, metadata={"execution": True})
     backend: Any = None
 
 
@@ -38,7 +39,9 @@ class ReferenceStage(BackendStage):
         found = item.inputs["face"][0]
         faces = faces_from_tensors(found.tensors)
         if config.required or len(faces) >= config.speakers:
-            faces = choose(faces, config.rule, config.boxes or None, config.speakers)
+            faces = choose(
+                faces, config.rule, config.boxes or None, config.speakers, min_face=config.min_face
+            )
         picture = load_fitted(item.assets["image"][0], config.max_side)
         height, width = picture.shape[:2]
         scale = min(1.0, config.max_side / max(found.columns["width"], found.columns["height"]))

@@ -15,8 +15,9 @@ from avatar_core.batch import Batch, open_batch
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import Result, finish_batch, record_run, render
 from flows import coordinate
-from flows.coordinate import Coordinator, RunSettings, Work, run_settings, visible_gpus
+from flows.coordinate import Coordinator, RunSettings, run_settings, visible_gpus
 from flows.queues import LocalQueues
+from flows.work import Work
 from tests.sample_rows import (
     Rendered,
     Watcher,

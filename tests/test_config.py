@@ -93,7 +93,7 @@ def test_table_and_rows_exclude_each_other() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().video.fps = 30.0  # type: ignore[misc]
+        Config().video.fps = 30.0
 
 
 def test_credentials_stay_out_of_what_is_shown_or_recorded() -> None:

@@ -21,6 +21,7 @@ from tests.flows.conftest import PrefectServer
 from tests.sample_rows import (
     Rendered,
     attempts,
+    data_files,
     videos,
     write_picture,
     write_table,
@@ -200,6 +201,19 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert seen.flow_run["state_type"] == "COMPLETED"
     assert sorted(videos(root / "datasets/late")) == ["bad.mp4", "good.mp4"]
     assert len(attempts(root, "decode")) == len(before) + 1
+
+
+def test_a_recorded_run_is_rendered_as_it_was(
+    flow: Callable[..., Any], rendered: Rendered, store: Path
+) -> None:
+    """What a retry does after `avatar render`, whose options are in the record."""
+    from flows.render import render_dataset
+
+    data_files(store, "decode")[0].unlink()
+    state = render_dataset(None, [f"storage.root={store}"], rendered.result.run_id, return_state=True)
+    assert state.is_completed(), state
+    assert len(attempts(store, "decode").query("status == 'ok'")) == 5
+    assert videos(store / "datasets/batch") == videos(rendered.result.dataset)
 
 
 def test_a_failure_within_what_is_allowed_completes(

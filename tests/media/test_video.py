@@ -45,7 +45,7 @@ def in_blocks(samples: NDArray[np.float32], size: int = 5000) -> Iterator[NDArra
 def write(
     path: Path, num_frames: int = 30, fps: float = 25, sound: Sound | None = None, **settings: object
 ) -> Path:
-    with VideoWriter(path, WIDTH, HEIGHT, fps, sound, preset="veryfast", **settings) as writer:  # type: ignore[arg-type]
+    with VideoWriter(path, WIDTH, HEIGHT, fps, sound, preset="veryfast", **settings) as writer:
         for index in range(num_frames):
             writer.write_frame(frame(index))
     return path

@@ -39,13 +39,14 @@ def flow(prefect_server: PrefectServer) -> Iterator[Callable[..., Any]]:
     """Runs the flow in this process against the server; gives its final state."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.render import render_dataset
+    from flows.render import render_dataset, send_what_is_left
 
     def run(table: Path, root: Path, *overrides: str) -> Any:
         return render_dataset(str(table), [f"storage.root={root}", *overrides], return_state=True)
 
     with temporary_settings({PREFECT_API_URL: f"{prefect_server.address}/api"}):
         yield run
+        send_what_is_left()
 
 
 class Seen:

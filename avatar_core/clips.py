@@ -9,6 +9,7 @@ import json
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -79,6 +80,7 @@ class Clips(Sequence[Clip]):
     def __init__(self, builder: "ClipBuilder", rows: Sequence[TableRow], names: Sequence[str]) -> None:
         """`names` holds the clip name of each row."""
         self._builder = builder
+        self._recent: tuple[int, list[Clip]] = -1, []
         self.rows = rows
         self.names = names
         self.position = array("l")  # of each clip's row in `rows`
@@ -117,8 +119,12 @@ class Clips(Sequence[Clip]):
     def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = self.position[index]
-        return self._builder.clips(self.rows[position], self.names[position])[self._nth[index]]
+        return self._of_row(self.position[index])[self._nth[index]]
+
+    def _of_row(self, position: int) -> list[Clip]:
+        if self._recent[0] != position:
+            self._recent = position, self._builder.clips(self.rows[position], self.names[position])
+        return self._recent[1]
 
     def name(self, index: int) -> str:
         part = self.part[index] if self._split[index] else None
@@ -358,12 +364,13 @@ def clip_names(rows: Iterable[TableRow], *, numbered: bool = False) -> tuple[lis
     names: list[str] = []
     warnings: list[str] = []
     taken: set[str] = set()
+    used: Counter[str] = Counter()  # numbers given to a name so far
     for row in rows:
         wanted = slug(row.name) if row.name else slug(f"{_stem(row.image)}-{_stem(row.audio)}")
-        name, number = wanted, 1
+        name = wanted
         while not taken.isdisjoint(_claimed(name, numbered)):
-            number += 1
-            name = f"{_shortened(wanted, 8)}-{number}"
+            used[wanted.casefold()] += 1
+            name = f"{_shortened(wanted, 8)}-{used[wanted.casefold()] + 1}"
         if name != wanted and row.name:
             warnings.append(
                 f"row {row.index + 1}: name `{wanted}` is already used; this clip is called `{name}`"

@@ -86,9 +86,18 @@ class StorageConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How this machine does the work; nothing here changes a result."""
+    """How this machine does the work; nothing here changes a result.
+
+    `gpus` are numbers as `CUDA_VISIBLE_DEVICES` counts them; with `pretend` their queues run on the CPU.
+    `cpus` is the number of processes for the rest (None: one per usable core).
+    """
 
     __pydantic_config__ = _STRICT
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] | Literal["auto"] = "auto"
+    pretend: bool = False
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    item_timeout_s: Positive = 1800.0
+    retries: Annotated[int, Field(ge=0)] = 2
     cache_dir: str | None = None
     cache_bytes: Annotated[int, Field(gt=0)] = 20 * 1024**3
     shard_seconds: Positive = 10.0
@@ -107,6 +116,7 @@ class Config:
     limit: Annotated[int, Field(ge=1)] | None = None
     only: tuple[str, ...] = ()
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    budget_hours: Positive | None = None
     retry_failed: bool = False
     input: InputConfig = InputConfig()
     audio: AudioConfig = AudioConfig()

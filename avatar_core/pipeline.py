@@ -54,8 +54,8 @@ class Result:
 
     @cached_property
     def failures(self) -> pd.DataFrame:
-        """The rows that have no video."""
-        return to_frame(self.clips.filter(pc.not_equal(self.clips["status"], "ok")))
+        """The rows that have no video for a reason; those that a stopped run left are `to do`."""
+        return to_frame(self.clips.filter(pc.equal(self.clips["status"], "failed")))
 
     @property
     def failed_fraction(self) -> float:

@@ -88,7 +88,7 @@ def publish(
     metadata = merged.replace_schema_metadata({_TABLE: (table or "").encode()})
     there = storage.list(f"{folder}/videos")
     _copy_videos(storage, folder, fresh, videos, old, there, observer)
-    failures = to_frame(metadata.filter(pc.not_equal(metadata["status"], "ok")))
+    failures = to_frame(metadata.filter(pc.equal(metadata["status"], "failed")))
     _write(storage, f"{folder}/failures.csv", _csv(failures))
     buffer = io.BytesIO()
     pq.write_table(metadata, buffer)
@@ -129,7 +129,10 @@ def _metadata(
         "row": [row.index for row in rows],
         "take": clips.take,
         "part": clips.part,
-        "status": ["ok" if ok else "failed" for ok in finished],
+        "status": [
+            "ok" if ok else "failed" if failure else "to do"
+            for ok, failure in zip(finished, failures, strict=True)
+        ],
         "failed_stage": [failure and failure.stage for failure in failures],
         "error_type": [failure and failure.error_type for failure in failures],
         "error": [failure and failure.error for failure in failures],

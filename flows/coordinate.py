@@ -54,14 +54,13 @@ class RunSettings:
 
 def run_settings(config: Config) -> RunSettings:
     runtime = config.runtime
-    gpus: Any = getattr(runtime, "gpus", "auto")
     return RunSettings(
-        gpus=tuple(visible_gpus() if gpus == "auto" else gpus),
-        pretend=getattr(runtime, "pretend", False),
-        cpus=getattr(runtime, "cpus", None) or len(os.sched_getaffinity(0)),
-        item_timeout_s=getattr(runtime, "item_timeout_s", 1800.0),
-        retries=getattr(runtime, "retries", 2),
-        budget_hours=getattr(config, "budget_hours", None),
+        gpus=tuple(visible_gpus()) if runtime.gpus == "auto" else runtime.gpus,
+        pretend=runtime.pretend,
+        cpus=runtime.cpus or len(os.sched_getaffinity(0)),
+        item_timeout_s=runtime.item_timeout_s,
+        retries=runtime.retries,
+        budget_hours=config.budget_hours,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -41,8 +42,8 @@ class PlainView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._done = 0
-        self._to_do = 0
+        self._done: dict[str, int] = {}
+        self._to_do: dict[str, int] = {}
 
     def __enter__(self) -> "PlainView":
         return self
@@ -51,18 +52,19 @@ class PlainView:
         pass
 
     def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
-        self._done, self._to_do = 0, to_do
+        self._done[stage], self._to_do[stage] = 0, to_do
         self._line(f"{stage}: {to_do} to do, {cached} of {items} cached")
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
         pass
 
     def item_ended(self, stage: str, row: dict[str, Any]) -> None:
-        self._done += 1
+        self._done[stage] += 1
+        done, to_do = self._done[stage], self._to_do[stage]
         if row["status"] == "failed":
             self._line(f"{stage}: failed: {row['error']}")
-        if self._done * 10 // self._to_do > (self._done - 1) * 10 // self._to_do and self._to_do >= 20:
-            self._line(f"{stage}: {self._done} of {self._to_do}")
+        if to_do >= 20 and done * 10 // to_do > (done - 1) * 10 // to_do:
+            self._line(f"{stage}: {done} of {to_do}")
 
     def clip_published(self, name: str, path: str) -> None:
         pass
@@ -149,7 +151,9 @@ def print_result(console: Console, result: Result) -> None:
         table.add_column(heading, overflow="fold")
     ordered = result.clips.sort_by([("status", "ascending"), ("row", "ascending")])  # failures first
     for row in ordered.slice(0, ROWS_SHOWN).to_pylist():
-        if row["status"] == "ok":
+        if row["status"] == "to do":
+            cells = ["", "", "left for another run"]
+        elif row["status"] == "ok":
             cells = [f"{row['duration_s']:.2f} s", f"{row['width']}x{row['height']}", row["file_name"]]
         else:
             cells = ["", "", f"{row['failed_stage']}: {row['error']}"]
@@ -159,7 +163,7 @@ def print_result(console: Console, result: Result) -> None:
     if len(ordered) > ROWS_SHOWN:
         console.print(f"... and {len(ordered) - ROWS_SHOWN} more in metadata.parquet")
     total = len(ordered)
-    done = total - len(result.failures)
+    done = pc.sum(pc.equal(ordered["status"], "ok")).as_py() or 0
     console.print(Text(f"{done} of {total} clips in {result.dataset}"), soft_wrap=True)
 
 

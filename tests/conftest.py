@@ -1,5 +1,6 @@
 """Storage on a local disk and on an S3 server that lives as long as its test process."""
 
+import os
 import shutil
 import sys
 import uuid
@@ -29,6 +30,15 @@ hypothesis.settings.load_profile("shared machine")
 
 _BUCKET = "avatar-test"
 _ACCESS = {"key": "test-access", "secret": "test-secret-value"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_prefect(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither use nor fill the Prefect database of whoever runs them."""
+    folder = tmp_path_factory.mktemp("prefect_home")
+    os.environ["PREFECT_HOME"] = str(folder)
+    os.environ["AVATAR_STATE_DIR"] = str(folder / "state")
+    os.environ.pop("PREFECT_API_URL", None)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OURS = {"avatar_core", "flows"}
+OURS = {"avatar_core", "flows", "tasks"}
 
 
 def normalised(name: str) -> str:

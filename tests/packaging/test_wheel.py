@@ -66,7 +66,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_wheel_holds_only_the_packages(names: list[str]) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"flows", "avatar_core"}
+    assert tops == {"flows", "tasks", "avatar_core"}
     assert not [name for name in names if "__pycache__" in name or name.endswith((".flac", ".wav", ".jpg"))]
 
 
@@ -82,7 +82,7 @@ def test_wheel_holds_the_data(names: list[str]) -> None:
 def test_every_module_of_the_checkout_is_in_the_wheel(names: list[str]) -> None:
     modules = {
         str(path.relative_to(ROOT))
-        for top in ("flows", "avatar_core")
+        for top in ("flows", "tasks", "avatar_core")
         for path in ROOT.glob(f"{top}/**/*.py")
     }
     assert modules == {name for name in names if name.endswith(".py")}

@@ -1,0 +1,139 @@
+"""A backend whose items take milliseconds, and a log outside the store of each item that any stage begins.
+
+Importing this module makes the backend known as `counted`; its videos are real. Its configuration travels
+in each job, and unpickling that imports this module: so children know the backend and write the log as well.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator
+
+from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
+from avatar_core.stages.audio import AudioStage
+from avatar_core.stages.base import Item, Output, Stage
+from avatar_core.stages.decode import DecodeStage
+from avatar_core.stages.denoise import DenoiseStage
+from avatar_core.stages.face import FaceStage
+from avatar_core.stages.ingest import IngestStage
+from avatar_core.stages.reference import ReferenceStage
+
+CALL_LOG = "CALL_LOG"
+ITEM_S = 0.005
+STEPS = 4
+
+BACKENDS["counted"] = "tests.flows.counted_backend:CountedBackend"
+
+
+class ImportedInChild(str):
+    """Unlike plain text, it is unpickled by its module."""
+
+    __slots__ = ()
+
+
+def _logged(process: Callable[..., Output], stage: str) -> Callable[..., Output]:
+    @functools.wraps(process)
+    def call(self: Stage, item: Item, *rest: Any) -> Output:
+        file = os.open(os.environ[CALL_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, f"{os.getpid()} {stage} {item.key}\n".encode())
+        finally:
+            os.close(file)
+        time.sleep(ITEM_S)
+        return process(self, item, *rest)
+
+    return call
+
+
+for _stage in (IngestStage, FaceStage, AudioStage, ReferenceStage, DenoiseStage, DecodeStage):
+    _stage.process = _logged(_stage.process, _stage.name)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    pass
+
+
+@dataclass(frozen=True)
+class CountedConfig:
+    module: Annotated[str, AfterValidator(ImportedInChild)] = ImportedInChild(__name__)  # noqa: RUF009
+    audio: StageConfig = StageConfig()
+    reference: StageConfig = StageConfig()
+    denoise: StageConfig = StageConfig()
+    decode: StageConfig = StageConfig()
+
+
+class CountedBackend:
+    name = "counted"
+    label = "counted"
+    config_type = CountedConfig
+    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
+    queues: ClassVar = MappingProxyType(
+        {"audio": "cpu", "reference": "cpu", "denoise": "gpu", "decode": "cpu"}
+    )
+
+    def __init__(self, config: CountedConfig) -> None:
+        self.config = config
+
+    def resolve(self) -> "CountedBackend":
+        return self
+
+    def weights(self, stage: str, config: StageConfig) -> tuple[str, ...]:
+        return ()
+
+    def size(self, width: int, height: int, max_side: int) -> tuple[int, int]:
+        return width, height
+
+    def num_frames(self, duration_s: float, fps: float) -> int:
+        return max(1, round(duration_s * fps))
+
+    def load(self, stage: str, config: StageConfig, device: str) -> None:
+        return None
+
+    def encode_audio(
+        self,
+        models: None,
+        tracks: Sequence[NDArray[np.float32]],
+        sample_rate: int,
+        fps: float,
+        num_frames: int,
+    ) -> Tensors:
+        return {"volume": np.array([np.abs(part).mean() for part in np.array_split(tracks[0], num_frames)])}
+
+    def encode_picture(self, models: None, picture: Picture, faces: Any, config: StageConfig) -> Tensors:
+        return {"shade": picture.mean((0, 1)).astype(np.float32)}
+
+    def denoise(
+        self,
+        models: None,
+        conditions: Mapping[str, Tensors],
+        fps: float,
+        seed: int,
+        config: StageConfig,
+        report: ReportStep,
+    ) -> Tensors:
+        for step in range(STEPS):
+            report(step, STEPS)
+        volume = conditions["audio"]["volume"]
+        noise = np.random.default_rng(seed).random((len(volume), 1))
+        return {"latents": volume[:, None] + noise + conditions["reference"]["shade"] / 255}
+
+    def decode(
+        self, models: None, picture: Picture, conditions: Mapping[str, Tensors], config: StageConfig
+    ) -> Iterator[Picture]:
+        for shade in conditions["denoise"]["latents"]:
+            yield (picture * (shade / 3).clip(0, 1)).astype(np.uint8)
+
+
+def read_calls(log: Path) -> list[tuple[str, str]]:
+    """Stage and key of every item so far, in order; a line that is being written does not count."""
+    text = log.read_text() if log.exists() else ""
+    return [(line.split()[1], line.split()[2]) for line in text.splitlines(keepends=True) if line[-1] == "\n"]

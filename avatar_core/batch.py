@@ -153,21 +153,11 @@ def read_rows(config: Config) -> TableRows:
     """The rows of the batch, with pictures and recordings as paths or URIs that hold from anywhere."""
     if config.table:
         table, remote = config.table, "://" in config.table
-        rows = read_table(table, storage_options=config.storage.options if remote else None)
-    elif config.rows:
-        table = str(Path.cwd() / "rows")
-        rows = parse_rows(config.rows)
-    else:
-        raise ConfigError("nothing to render: give a table (`table=batch.csv`) or `rows`")
-    return TableRows(
-        dataclasses.replace(
-            row,
-            image=resolve_uri(row.image, table),
-            audio=resolve_uri(row.audio, table),
-            audio_2=resolve_uri(row.audio_2, table) if row.audio_2 else None,
-        )
-        for row in rows
-    )
+        options = config.storage.options if remote else None
+        return read_table(table, storage_options=options, base=table)
+    if config.rows:
+        return parse_rows(config.rows, base=str(Path.cwd() / "rows"))
+    raise ConfigError("nothing to render: give a table (`table=batch.csv`) or `rows`")
 
 
 def select(rows: TableRows, names: list[str], config: Config) -> tuple[TableRows, list[str]]:
@@ -246,8 +236,8 @@ def _source(key: str, results: StageResults) -> Source:
 
 def _drop_lost_videos(batch: Batch) -> None:
     """A finished video that is gone, or has another size, is rendered again."""
-    results, clips = batch.results["decode"], batch.clips
-    keys = {clips.key("decode", index): None for index in range(len(clips))}
+    results = batch.results["decode"]
+    keys = dict.fromkeys(batch.clips.hex_keys("decode"))
     finished = [key for key in keys if key is not None and results.has(key)]
     if not finished:
         return

@@ -133,14 +133,15 @@ class Clips(Sequence[Clip]):
     def keys(self, stage: str) -> NDArray[np.bytes_]:
         """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected.
 
-        numpy hides trailing zero bytes when it gives out an element; `key` does not.
+        numpy hides trailing zero bytes when it gives out an element; `hex_keys` does not.
         """
         return self._keys[stage]
 
-    def key(self, stage: str, index: int) -> str | None:
-        """None where the row is rejected."""
-        key = bytes(self._keys[stage][index])
-        return key.ljust(32, b"\0").hex() if key else None
+    def hex_keys(self, stage: str) -> list[str | None]:
+        """The same as text, None where the row is rejected."""
+        text = self._keys[stage].tobytes().hex()
+        keys = [text[at : at + 64] for at in range(0, len(text), 64)]
+        return [None if index in self.rejected else key for index, key in enumerate(keys)]
 
     def assets(self) -> set[str]:
         """SHA-256 of every picture and recording that the batch stands on."""

@@ -102,7 +102,8 @@ class _StageColumn:
 
     def __init__(self, clips: Clips, stage: str, results: Results) -> None:
         _, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
-        keys = [clips.key(stage, index) for index in first.tolist()]
+        every = clips.hex_keys(stage)
+        keys = [every[index] for index in first.tolist()]
         ok = np.array([key is not None and results.has(key) for key in keys], bool)
         failed = np.array([key is not None and _failed_for_good(key, results) for key in keys], bool) & ~ok
         self._first = first

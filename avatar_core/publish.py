@@ -101,7 +101,7 @@ class _Videos:
     """Manifest columns of the finished clips; `clips` are their indices, in the order of the columns."""
 
     def __init__(self, clips: Clips, results: Results) -> None:
-        keys = [clips.key("decode", index) for index in range(len(clips))]
+        keys = clips.hex_keys("decode")
         self.clips = [index for index, key in enumerate(keys) if key is not None and results.has(key)]
         self.keys = [key for index in self.clips if (key := keys[index])]
         self.columns = results.columns(self.keys, (*_VIDEO_COLUMNS, "data"))
@@ -142,7 +142,7 @@ def _metadata(
         "backend": [backend] * length,
         "run_id": [run_id] * length,
         **{name: videos.spread(videos.columns[name], length) for name in _VIDEO_COLUMNS},
-        **{f"{stage}_key": [clips.key(stage, i) for i in range(length)] for stage in STAGES},
+        **{f"{stage}_key": clips.hex_keys(stage) for stage in STAGES},
     }
     ours = {field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}
     theirs = {

@@ -4,12 +4,13 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,9 @@ def run_shard(
                 report(spec.key, 0, 1)
                 item = _resolve(storage, spec, inputs)
                 models = _load(stage, spec.config, device)
-                folder = Path(tempfile.mkdtemp(dir=scratch))
                 start = time.perf_counter()
                 row = {"key": spec.key, "work": spec.work, "device": device}
-                output = _process(stage, spec, item, models, folder, partial(report, spec.key))
+                output = _process(stage, spec, item, models, scratch, partial(report, spec.key))
                 if isinstance(output, Output):
                     row |= {"status": "ok"} | _written(storage, stage, output)
                     if output.tensors:
@@ -75,7 +75,7 @@ def run_shard(
                     row |= output
                 rows.append(row | {"seconds": time.perf_counter() - start})
                 on_row(rows[-1])
-                shutil.rmtree(folder)
+                _clear(scratch)
         finally:
             if rows:
                 _commit(storage, stage, rows, tensors)
@@ -85,11 +85,11 @@ def run_shard(
 
 
 def _process(
-    stage: Stage, spec: ItemSpec, item: Item, models: Any, folder: Path, report: Report
+    stage: Stage, spec: ItemSpec, item: Item, models: Any, scratch: Path, report: Report
 ) -> Output | dict[str, Any]:
     """What the item gave, or the manifest columns of its failure."""
     try:
-        return stage.process(item, spec.config, models, folder, report)
+        return stage.process(item, spec.config, models, scratch, report)
     except (Cancelled, StoreError, WeightsError):
         raise
     except Exception as error:
@@ -173,13 +173,29 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+def _clear(folder: Path) -> None:
+    """One folder serves all items of a shard: making one for each costs more than a cheap item."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry)
+            else:
+                Path(entry).unlink()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Equal results on machines with different core counts need one thread per library."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        with threadpoolctl.threadpool_limits(1):
+        with _thread_pools(len(sys.modules)).limit(limits=1):
             yield
     finally:
         cv2.setNumThreads(before)
+
+
+@lru_cache(1)
+def _thread_pools(modules: int) -> threadpoolctl.ThreadpoolController:
+    """Scanning all loaded libraries takes milliseconds: done again only once more `modules` are loaded."""
+    return threadpoolctl.ThreadpoolController()

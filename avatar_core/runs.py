@@ -91,7 +91,7 @@ def _plan(clips: Clips) -> pd.DataFrame:
         "seed": [None if i in clips.rejected else clips.seed[i] for i in indices],
         "error": [clips.rejected.get(i) for i in indices],
     }
-    keys = {f"{stage}_key": [clips.key(stage, i) for i in indices] for stage in STAGES}
+    keys = {f"{stage}_key": clips.hex_keys(stage) for stage in STAGES}
     return pd.DataFrame({**columns, **keys}).astype({"seed": "Int64"})
 
 

@@ -17,11 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from avatar_core.backends.base import create_backend
 from avatar_core.errors import AvatarError, Cancelled
-from avatar_core.run import run_shard
+from avatar_core.run import one_thread, run_shard
 from avatar_core.stages.base import Stage
 from avatar_core.stages.registry import create_stages
+from avatar_core.store.manifest import parquet_bytes
 from avatar_core.store.storage import Storage
 from flows.queues import Job, JobResult, Row, shared_number
 
@@ -69,6 +72,7 @@ class _Worker:
             logger.propagate = False
 
     def serve(self) -> None:
+        _warm_up()
         self.send(None)
         with suppress(EOFError, ConnectionError):
             while True:
@@ -122,6 +126,12 @@ class _Worker:
     def _keep(self, row: Row, rows: list[Row]) -> None:
         rows.append(row)  # the commit adds to this very row where its tensors lie
         self.send(row)
+
+
+def _warm_up() -> None:
+    """What the first commit would load in the middle of the first shard: pyarrow brings pandas in."""
+    with one_thread():
+        parquet_bytes(pa.Table.from_pylist([{"key": ""}]))
 
 
 def _failed(error: Exception, rows: Sequence[Row]) -> JobResult:

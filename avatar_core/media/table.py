@@ -8,7 +8,7 @@ import pickle
 import posixpath
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -75,7 +75,7 @@ class TableRows(Sequence[TableRow]):
     def __init__(self, rows: Iterable[TableRow]) -> None:
         self._chunks: list[bytes] = []
         self._length = 0
-        self._open = lru_cache(2)(self._unpacked)
+        self._open = lru_cache(8)(self._unpacked)
         remaining = iter(rows)
         while chunk := list(islice(remaining, CHUNK_ROWS)):
             self._chunks.append(zlib.compress(pickle.dumps(chunk), 1))
@@ -106,12 +106,17 @@ class TableRows(Sequence[TableRow]):
 
 
 def read_table(
-    uri: str, *, storage_options: Mapping[str, Any] | None = None, max_bytes: int = MAX_BYTES
+    uri: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    max_bytes: int = MAX_BYTES,
+    base: str | None = None,
 ) -> TableRows:
-    """A bad row comes back with its `error`; a bad table raises `InputError`."""
+    """A bad row comes back with its `error`; a bad table raises `InputError`. With `base` pictures and
+    recordings come back as `resolve_uri(..., base)`."""
     content = _read(uri, storage_options or {}, max_bytes)
     try:
-        rows = _rows(parse_records(content, max_bytes))
+        rows = _rows(parse_records(content, max_bytes), base)
         if not rows:
             raise InputError("has a header but no rows")
     except InputError as error:
@@ -119,20 +124,21 @@ def read_table(
     return rows
 
 
-def parse_rows(values: Sequence[Mapping[str, Any]]) -> TableRows:
+def parse_rows(values: Sequence[Mapping[str, Any]], base: str | None = None) -> TableRows:
     """Rows that are given as such, not in a file; the same columns and rules."""
     plain = ({name: _plain(value) for name, value in row.items()} for row in values)
-    return _rows(Record(row, row) for row in plain)
+    return _rows((Record(row, row) for row in plain), base)
 
 
-def _rows(records: Iterable[Record]) -> TableRows:
+def _rows(records: Iterable[Record], base: str | None) -> TableRows:
     columns: dict[str, None] = {}
 
     def noted() -> Iterator[TableRow]:
         for index, record in enumerate(records):
             if not record.error:
                 columns.update(dict.fromkeys(record.values))
-            yield _row(index, record)
+            row = _row(index, record)
+            yield row if base is None else _resolved(row, base)
 
     rows = TableRows(noted())
     _check_required(list(columns))
@@ -164,6 +170,12 @@ def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes
         reason = " ".join(str(error).split())
         raise InputError(f"table {uri}: cannot be read ({type(error).__name__}: {reason})") from error
     return content
+
+
+def _resolved(row: TableRow, base: str) -> TableRow:
+    image, audio = resolve_uri(row.image, base), resolve_uri(row.audio, base)
+    audio_2 = resolve_uri(row.audio_2, base) if row.audio_2 else None
+    return replace(row, image=image, audio=audio, audio_2=audio_2)
 
 
 def _check_required(columns: Sequence[str]) -> None:

@@ -26,8 +26,8 @@ from avatar_core.stages.face import FaceStage
 from avatar_core.stages.ingest import IngestStage
 from avatar_core.stages.reference import ReferenceStage
 
-CALL_LOG = "CALL_LOG"
-ITEM_S = 0.005
+CALL_LOG, ITEM_S = "CALL_LOG", "ITEM_S"
+"""In the environment: the log's path and the seconds that an item takes beside its work."""
 STEPS = 4
 
 BACKENDS["counted"] = "tests.flows.counted_backend:CountedBackend"
@@ -47,7 +47,7 @@ def _logged(process: Callable[..., Output], stage: str) -> Callable[..., Output]
             os.write(file, f"{os.getpid()} {stage} {item.key}\n".encode())
         finally:
             os.close(file)
-        time.sleep(ITEM_S)
+        time.sleep(float(os.environ[ITEM_S]))
         return process(self, item, *rest)
 
     return call

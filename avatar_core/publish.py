@@ -224,7 +224,17 @@ def _copy(storage: Storage, data: str, sha256: str, path: str, key: str) -> None
     try:
         storage.copy_out(data, path, sha256)
     except StoreError as error:
+        if _is_sound(storage, data, sha256):
+            raise  # the fault is where it goes, for example a full disk
         raise StoreError(str(error), keys=[f"decode:{key}"]) from error
+
+
+def _is_sound(storage: Storage, path: str, sha256: str) -> bool:
+    try:
+        storage.local_path(path, sha256)
+    except StoreError:
+        return False
+    return True
 
 
 def _delete_unlisted(

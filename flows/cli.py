@@ -73,6 +73,8 @@ def avatar(
         console.print(f"avatar-dataset {installed('avatar-dataset')}")
         raise typer.Exit
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(message)s")
+    if not verbose:  # what is damaged in the store is everybody's business, tracebacks of items are not
+        logging.getLogger("avatar_core.store").setLevel(logging.WARNING)
 
 
 @app.command()

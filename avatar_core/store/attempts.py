@@ -172,7 +172,7 @@ def _parsed(storage: Storage, path: str, data: bytes) -> pa.Table | None:
     try:
         return read_parquet(data)
     except StoreError as error:
-        logger.warning("%s in %s is ignored: %s", path, storage.uri, error)
+        logger.warning("%s in %s is ignored: %s", path, storage.uri, " ".join(str(error).split()))
         return None
 
 

@@ -1,13 +1,14 @@
 """Kills, full disks, damaged records and a second run: real processes, counted by a log outside the store."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
 from tests.flows.conftest import PrefectServer
 from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
-from tests.sample_rows import videos, write_recording, write_table
+from tests.sample_rows import flip_byte, videos, write_recording, write_table
 
 pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(600)]
 
@@ -35,10 +36,17 @@ ITEMS = {"ingest": 2 * SOURCES, "face": SOURCES, "audio": SOURCES, "reference": 
     "denoise": CLIPS,
     "decode": CLIPS,
 }
+MOMENTS, LATER = 12, 5
+RECORD_BYTES = 65536
+"""More than the record of a run takes."""
 PATIENCE_S = 120.0
 
 Call = tuple[str, str]
 """Stage and key."""
+
+
+def by_stage(calls: Sequence[Call]) -> Counter[str]:
+    return Counter(stage for stage, _ in calls)
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,11 @@ class Runs:
     def videos(self) -> dict[str, bytes]:
         return videos(self.store / "datasets/batch")
 
-    def start(self, output: int = subprocess.PIPE) -> "subprocess.Popen[str]":
-        words = ["render", str(self.table), "--config-dir", str(self.table.parent / "conf"), "backend=counted"]
+    def start(self, command: str = "render", output: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+        words = [str(self.table), "--config-dir", str(self.table.parent / "conf"), "backend=counted"]
         words += ["face.required=false", "runtime.gpus=[]", f"storage.root={self.store}", *self.options]
         return subprocess.Popen(
-            [*AVATAR, *words],
+            [*AVATAR, command, *words],
             env={**self.environment, CALL_LOG: str(self.log)},
             cwd=ROOT,
             stdout=output,
@@ -74,9 +82,9 @@ class Runs:
             text=True,
         )
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self, command: str = "render") -> tuple[int, str]:
         """Exit code and output of a run that is left alone."""
-        process = self.start()
+        process = self.start(command)
         output, _ = process.communicate(timeout=PATIENCE_S)
         return process.returncode, output
 
@@ -88,9 +96,9 @@ class Runs:
         return {(stage, key) for stage in ITEMS for key in load_catalog(storage, stage).ok_keys()}
 
     def kill_when(self, is_moment: Callable[[list[Call]], bool]) -> str:
-        """Kills the run and all that it started once its calls so far are right; gives the last call's stage."""
+        """Kills the run and all that it started once its calls are right; gives the stage of the last one."""
         before = len(self.calls())
-        process = self.start(subprocess.DEVNULL)
+        process = self.start(output=subprocess.DEVNULL)
         while not is_moment(calls := self.calls()[before:]):
             assert process.poll() is None, f"ended with {process.returncode} before the moment"
             time.sleep(0.001)
@@ -136,7 +144,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(prefect_server: PrefectServer, table: Path) -> dict[str, str]:
     """With bytecode, whose absence would make every start compile all anew."""
-    values = {name: value for name, value in prefect_server.environment.items()}
+    values = dict(prefect_server.environment)
     values.pop("PYTHONDONTWRITEBYTECODE", None)
     return values | {"PYTHONPYCACHEPREFIX": str(table.parent / "bytecode"), ITEM_S: "0.005"}
 
@@ -152,7 +160,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, table: Path, environment:
     runs = Runs(tmp_path_factory.mktemp("unbroken"), table, environment)
     code, output = runs.finish()
     assert code == 0, output
-    assert Counter(stage for stage, _ in runs.calls()) == ITEMS
+    assert by_stage(runs.calls()) == ITEMS
     assert len(runs.videos) == CLIPS
     return runs
 
@@ -160,20 +168,21 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, table: Path, environment:
 # --- kill -9
 
 
-def kill_and_go_on(runs: Runs, moments: int, at_least: int) -> Counter[str]:
-    """Kills the same command at moments spread evenly over its items; gives how many fell into each stage."""
-    killed: Counter[str] = Counter()
-    for moment in range(moments):
-        begun_before, committed = runs.calls(), runs.committed()
-        wanted = 1 + round(moment * (sum(ITEMS.values()) - 2) / max(1, moments - 1))
-        if moments == 2:
-            wanted = round((moment + 1) * sum(ITEMS.values()) / 3)
+def kill_and_go_on(runs: Runs, moments: Sequence[float], at_least: int = 0) -> Counter[str]:
+    """Kills the same command again and again, each time when `moments` (0 to 1) of all items were begun.
 
-        def is_moment(calls: list[Call]) -> bool:
-            begun = len({*begun_before, *calls})  # noqa: B023
-            if not calls or begun < wanted:  # noqa: B023
-                return False
-            return killed[calls[-1][0]] < at_least or begun > wanted + 3 # noqa: B023
+    Up to `LATER` items later is fine for a stage that has not yet had its `at_least`. Gives the moments by
+    stage.
+    """
+    killed: Counter[str] = Counter()
+    items = sum(ITEMS.values())
+    for moment in moments:
+        begun_before, committed = runs.calls(), runs.committed()
+        wanted = 1 + int(moment * (items - LATER - 3))
+
+        def is_moment(calls: list[Call], before: list[Call] = begun_before, wanted: int = wanted) -> bool:
+            late = len({*before, *calls}) - wanted
+            return bool(calls) and late >= 0 and (killed[calls[-1][0]] < at_least or late > LATER)
 
         killed[runs.kill_when(is_moment)] += 1
         assert not committed.intersection(runs.calls()[len(begun_before) :])
@@ -185,16 +194,15 @@ def expect_completed(runs: Runs, unbroken: Runs) -> None:
     code, output = runs.finish()
     assert code == 0, output
     assert not committed.intersection(runs.calls()[begun_before:])
-    assert set(runs.calls()) == set(unbroken.calls())
+    assert {*committed, *runs.calls()} == set(unbroken.calls())
     assert runs.videos == unbroken.videos
     assert verify_run(Storage(str(runs.store)), "batch").problems == ()
 
 
 def test_a_run_killed_at_any_moment_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
-    killed = kill_and_go_on(runs, 20, at_least=3)
-    print(killed, len(runs.calls()))
-    assert killed.total() == 20
-    assert min(killed[stage] for stage in ITEMS) >= 3, killed
+    killed = kill_and_go_on(runs, [number / (MOMENTS - 1) for number in range(MOMENTS)], at_least=1)
+    assert killed.total() == MOMENTS
+    assert min(killed[stage] for stage in ITEMS) >= 1, killed
     expect_completed(runs, unbroken)
 
 
@@ -202,23 +210,27 @@ def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs,
     environment = runs.environment | {"AVATAR_STATE_DIR": str(runs.folder / "state")}
     del environment["PREFECT_API_URL"]
     runs = replace(runs, environment=environment)
-    kill_and_go_on(runs, 2, at_least=0)
+    assert not kill_and_go_on(runs, [0.4, 0.7])["ingest"]
     expect_completed(runs, unbroken)
 
 
 # --- two runs at once
 
 
-def test_two_runs_at_once_both_complete(runs: Runs, unbroken: Runs) -> None:
-    runs = replace(runs, environment=runs.environment | {ITEM_S: "0.05"})
+@pytest.fixture(scope="module")
+def doubled(tmp_path_factory: pytest.TempPathFactory, table: Path, environment: dict[str, str]) -> Runs:
+    """Two runs that were started together and ended well."""
+    runs = Runs(tmp_path_factory.mktemp("doubled"), table, environment | {ITEM_S: "0.05"})
     both = [runs.start(), runs.start()]
-    ended = [(process.communicate(timeout=PATIENCE_S)[0], process.returncode) for process in both]
-    assert [code for _, code in ended] == [0, 0], ended
-    assert runs.videos == unbroken.videos
-    calls = Counter(stage for stage, _ in runs.calls())
-    print(calls, ITEMS)
-    print({s: sorted(pq.read_metadata(p).num_rows for p in runs.store.glob(f"stages/{s}/manifests/*")) for s in ITEMS})
-    assert verify_run(Storage(str(runs.store)), "batch").problems == ()
+    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    return runs
+
+
+def test_two_runs_at_once_both_complete(doubled: Runs, unbroken: Runs) -> None:
+    assert doubled.videos == unbroken.videos
+    assert pq.read_metadata(doubled.store / "datasets/batch/metadata.parquet").num_rows == CLIPS
+    assert verify_run(Storage(str(doubled.store)), "batch").problems == ()
 
 
 # --- a full disk
@@ -226,52 +238,89 @@ def test_two_runs_at_once_both_complete(runs: Runs, unbroken: Runs) -> None:
 
 @pytest.fixture
 def small_disk(runs: Runs) -> Iterator[Path]:
+    """The store on a disk of 8 MB."""
     runs.store.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "false", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(runs.store)]
+    command = [shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(runs.store)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     yield runs.store
     subprocess.run(["umount", str(runs.store)], check=True)
 
 
-@pytest.mark.parametrize("part", [0.1, 0.4, 0.7, 0.95])
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+
+
+def fill(disk: Path, free_bytes: int) -> Path:
+    """A file that leaves so much."""
+    status = os.statvfs(disk)
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(status.f_bavail * status.f_frsize - free_bytes))
+    return ballast
+
+
+def expect_no_space(runs: Runs) -> str:
+    code, output = runs.finish()
+    assert code == 2, output
+    assert re.fullmatch("error: cannot .*: no space is left .*; free some.*", output.splitlines()[-1]), output
+    assert "Traceback" not in output
+    assert not list(runs.store.rglob("*.partial"))
+    return output
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5])
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
     runs: Runs, unbroken: Runs, small_disk: Path, part: float
 ) -> None:
-    """`part` of the space that the batch needs is free."""
+    """Where `part` of what the batch needs is free: in ingest, and amid the flow."""
     runs = replace(runs, options=(*runs.options, "runtime.retries=0"))
-    needed = sum(-(-path.stat().st_size // 4096) * 4096 for path in unbroken.store.rglob("*") if path.is_file())
-    ballast, disk = small_disk / "ballast", os.statvfs(small_disk)
-    ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize - round(part * needed)))
-    code, output = runs.finish()
-    print(code, output)
-    assert code in (1, 2), output
-    assert "Traceback" not in output
-    assert "no space is left" in output or "No space left" in output
-    assert output.splitlines()[-1].startswith("error: "), output
+    ballast = fill(small_disk, int(part * disk_bytes(unbroken.store)))
+    expect_no_space(runs)
+    begun = set(by_stage(runs.calls()))
+    assert begun == {"ingest"} if part < 0.2 else "denoise" in begun
     ballast.unlink()
-    expect_completed(replace(runs, options=(*runs.options, "retry_failed=true")) if False else runs, unbroken)
+    expect_completed(runs, unbroken)
+
+
+def test_a_disk_that_is_full_when_the_dataset_is_published_costs_no_video(
+    runs: Runs, unbroken: Runs, small_disk: Path
+) -> None:
+    shutil.copytree(unbroken.store, small_disk, dirs_exist_ok=True)
+    published = small_disk / "datasets/batch/videos"
+    room = disk_bytes(published)
+    shutil.rmtree(published)
+    ballast = fill(small_disk, room // 2 + RECORD_BYTES)
+    output = expect_no_space(runs)
+    ballast.unlink()
+    expect_completed(runs, unbroken)
+    assert "computing it again" not in output
+    assert not runs.calls()
 
 
 # --- damaged records
 
 
-def test_damaged_manifests_and_catalog_files_are_not_served(runs: Runs, unbroken: Runs) -> None:
+@pytest.fixture
+def damaged(runs: Runs, unbroken: Runs) -> Runs:
+    """Truncated: the one catalog file of decode, the manifests of denoise. Altered: those of audio."""
     shutil.copytree(unbroken.store, runs.store)
-    storage = Storage(str(runs.store))
-    assert compact(storage, "decode", min_manifests=1)
+    assert compact(Storage(str(runs.store)), "decode", min_manifests=1)
     shutil.rmtree(runs.store / manifest_folder("decode"))
-    damaged = [*runs.store.glob("catalog/decode/*"), *(runs.store / manifest_folder("denoise")).iterdir()]
-    for path in damaged:
+    (catalog_file,) = runs.store.glob("catalog/decode/*")
+    for path in (catalog_file, *(runs.store / manifest_folder("denoise")).iterdir()):
         path.write_bytes(path.read_bytes()[:-20])
     for path in (runs.store / manifest_folder("audio")).iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        path.write_bytes(content)
-    code, output = runs.finish()
-    print(code, output)
+        flip_byte(path)
+    return runs
+
+
+def test_damaged_manifests_and_catalog_files_are_not_served(damaged: Runs, unbroken: Runs) -> None:
+    expect_completed(damaged, unbroken)
+    assert by_stage(damaged.calls()) == {stage: ITEMS[stage] for stage in ("audio", "denoise", "decode")}
+
+
+def test_the_command_warns_of_damaged_manifests_and_catalog_files(damaged: Runs) -> None:
+    code, output = damaged.finish("plan")
     assert code == 0, output
-    assert Counter(stage for stage, _ in runs.calls()) == {s: ITEMS[s] for s in ("audio", "denoise", "decode")}
-    assert runs.videos == unbroken.videos
-    assert "warning" in output.lower()
+    assert re.search("warning.*catalog/decode/", output, re.IGNORECASE), output
+    assert re.search("warning.*stages/denoise/manifests/", output, re.IGNORECASE), output

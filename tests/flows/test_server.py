@@ -135,9 +135,7 @@ def test_up_elsewhere_while_one_runs(avatar: RunAvatar, shared_state: PrefectSer
 def test_a_server_that_cannot_start_says_why(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = "sqlite+aiosqlite:////proc/nowhere/prefect.db"
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", database)
-    with pytest.raises(
-        AvatarError, match=r"(?s)ended before it answered.*server\.log"
-    ) as caught:
+    with pytest.raises(AvatarError, match=r"(?s)ended before it answered.*server\.log") as caught:
         start_server(port=free_port())
     assert len(str(caught.value).splitlines()) < 20
     assert running_server() is None

@@ -20,6 +20,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import MissingContextError
+from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled as CancelledState
@@ -43,6 +44,7 @@ from tasks.shards import reuse, run_shard_on_queue
 log = logging.getLogger(__name__)
 
 UPDATE_INTERVAL_S = 2.0
+SETTLE_S = 15.0  # for the last task runs to be told to the server
 SEND_TIMEOUT_S = 10.0
 FAILURES_SHOWN = 500
 
@@ -124,17 +126,19 @@ def _opened(config: Config, cancelled: Callable[[], bool]) -> Handover:
 
 def _render(handover: Handover, stop: threading.Event, cancelled: Callable[[], bool]) -> State[Any]:
     batch, observer = handover.batch, handover.observer
-    _show_reused(batch.plan(), batch.backend.name)
+    shown = _Shown()
+    _show_reused(batch.plan(), batch.backend.name, shown)
     settings = run_settings(batch.config)
     coordinator = Coordinator(batch, settings, observer)
 
     def run() -> None:
         with _queues(batch, settings) as queues:
-            coordinator.run(queues, _submitter(batch.backend.name), cancelled)
+            coordinator.run(queues, _submitter(batch.backend.name, shown), cancelled)
 
     with _forwarded_logs(coordinator), _Monitor(coordinator, handover, stop):
         handover.result = finish_batch(batch, handover.run_id, run, observer)
     handover.undone = coordinator.undone
+    shown.settle()
     with _not_vital():
         _show_result(batch.name, handover.result)
     return _final_state(handover)
@@ -185,7 +189,7 @@ class LogObserver(Silent):
         get_run_logger().warning(message)
 
 
-def _submitter(backend: str) -> Callable[[str, str, str, Callable[[], JobResult]], None]:
+def _submitter(backend: str, shown: "_Shown") -> Callable[[str, str, str, Callable[[], JobResult]], None]:
     def submit(stage: str, queue: str, label: str, call: Callable[[], JobResult]) -> None:
         called = threading.Event()
 
@@ -198,7 +202,9 @@ def _submitter(backend: str) -> Callable[[str, str, str, Callable[[], JobResult]
                 call()
 
         with tags(stage, queue, backend):
-            run_shard_on_queue.submit(label, in_task).add_done_callback(ended)
+            future = run_shard_on_queue.submit(label, in_task)
+        shown.add(future)
+        future.add_done_callback(ended)
 
     return submit
 
@@ -214,12 +220,26 @@ def _shard_state(result: JobResult) -> State[Any]:
     return Completed(message=counted("item", len(result.rows)))
 
 
-def _show_reused(plan: Mapping[str, StagePlan], backend: str) -> None:
+class _Shown:
+    """Task runs on their way to the server; those still open when the flow returns would be cancelled."""
+
+    def __init__(self) -> None:
+        self._open: set[PrefectFuture[Any]] = set()
+
+    def add(self, future: PrefectFuture[Any]) -> None:
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+
+    def settle(self) -> None:
+        wait(list(self._open), timeout=SETTLE_S)
+
+
+def _show_reused(plan: Mapping[str, StagePlan], backend: str, shown: _Shown) -> None:
     for stage, stage_plan in plan.items():
         if stage_plan.cached:
             label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), stage_plan.cached)}"
             with tags(stage, backend):
-                reuse.submit(label, counted("item", stage_plan.cached))
+                shown.add(reuse.submit(label, counted("item", stage_plan.cached)))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Storage on a local disk and on an S3 server that lives as long as its test process."""
 
+import logging
 import os
 import shutil
 import sys
@@ -122,6 +123,8 @@ def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["avatar", *map(str, words)])
+        # Prefect's handlers keep the streams of the test that configured them.
+        monkeypatch.setattr(logging, "raiseExceptions", False)
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
         code: object = 0

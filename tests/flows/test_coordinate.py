@@ -137,7 +137,9 @@ def test_gpu_stages_go_to_gpu_queues(threads: ThreadPoolExecutor, rendered: Rend
         run = Run(threads, queues)
         result = run(batch)
     assert videos(result.dataset) == videos(rendered.result.dataset)
-    assert {queue for stage, queue, _ in run.submitted if stage == "denoise"} == {"gpu-0", "gpu-1"}
+    on_gpus = {queue for stage, queue, _ in run.submitted if stage == "denoise"}
+    assert on_gpus
+    assert on_gpus <= {"gpu-0", "gpu-1"}  # the quicker one may take all
     assert {queue for stage, queue, _ in run.submitted if stage != "denoise"} == {"cpu-0"}
 
 

@@ -26,6 +26,7 @@ from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
 from avatar_core.media.speakers import combined_duration_s
 from avatar_core.media.table import TableRow
+from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
 from avatar_core.stages.audio import AudioStageConfig, Segment
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.decode import DecodeStageConfig
@@ -49,7 +50,6 @@ STAGES = ("face", "audio", "reference", "denoise", "decode")
 _NUMBER = re.compile(r"(-take\d+)?(-part\d+)?$")
 _KEY = np.dtype("S32")
 _NO_KEY = bytes(32)
-SOUND_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +415,6 @@ def _recordings(row: TableRow) -> tuple[str, ...]:
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:
     """Sample rate and channels of the clip's sound: the recordings' own where AAC players take it."""
     rates = {int(r.columns["sample_rate"]) for r in recordings}
-    rate = rates.pop() if len(rates) == 1 else SOUND_RATES[-1]
+    rate = rates.pop() if len(rates) == 1 else max(AAC_SAMPLE_RATES)
     channels = max(int(r.columns["channels"]) for r in recordings)
-    return (rate if rate in SOUND_RATES else SOUND_RATES[-1]), min(channels, 2)
+    return aac_sample_rate(rate), min(channels, 2)

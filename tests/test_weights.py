@@ -14,6 +14,7 @@ import pytest
 
 from avatar_core import weights
 from avatar_core.errors import WeightsError
+from avatar_core.media.mtcnn import MTCNN_SHA256
 from avatar_core.weights import Entry, File
 
 CONTENT = b"a very small model"
@@ -227,3 +228,10 @@ def test_face_mesh_comes_from_the_package_index(tmp_path: Path, monkeypatch: pyt
     assert weights.present("face-mesh")
     assert weights.verify("face-mesh") == []
     assert (home / "face_landmark.tflite").read_bytes()[4:8] == b"TFL3"
+
+
+def test_the_detector_pins_the_files_that_the_registry_names() -> None:
+    """The detector checks before it unpickles, wherever its files come from."""
+    assert {
+        name: file.sha256 for name, file in weights.load_registry()["mtcnn"].files.items()
+    } == MTCNN_SHA256

@@ -22,7 +22,6 @@ Samples = NDArray[np.float32]
 
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000
 MAX_CHANNELS = 8
-SILENCE_DB = -60.0
 
 _CODECS = ("flac", "alac", "mp3", "aac", "vorbis", "opus")
 _EXACT = ("wav", "flac")
@@ -289,7 +288,3 @@ def loudness_db(samples: Samples) -> float:
     """Root mean square in dB of full scale; -inf for silence."""
     power = float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
     return 10 * math.log10(power) if power > 0 else -math.inf
-
-
-def is_silent(samples: Samples, threshold_db: float = SILENCE_DB) -> bool:
-    return loudness_db(samples) < threshold_db

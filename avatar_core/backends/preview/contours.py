@@ -1,7 +1,7 @@
 """Mouth, eye and face outlines of one face, in picture pixels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,6 @@ def _ordered(curves: dict[str, Points]) -> dict[str, Points]:
         outline = ordered_curves([curves[name] for name in names], *corners)
         ordered |= dict(zip(names, outline, strict=True))
     return ordered
-
-
-def scale_contours(
-    contours: Contours, scale: float, offset: tuple[float, float] | Points = (0.0, 0.0)
-) -> Contours:
-    """Every point times `scale`, then plus `offset` (x, y): from source to output pixels."""
-    moved = {name: getattr(contours, name) * scale + np.asarray(offset) for name in CURVES}
-    return replace(contours, **moved)
 
 
 def contours_to_tensors(contours: Sequence[Contours]) -> dict[str, NDArray[np.float32 | np.uint8]]:

@@ -60,12 +60,8 @@ class Seen:
     def flow_run(self) -> Any:
         return self.server.get(f"flow_runs/{self.id}")
 
-    def task_runs(self, count: int) -> list[Any]:
-        """States are recorded a little after they happen."""
-        return until(lambda: self._ended(), lambda runs: len(runs) >= count)
-
     def task_runs_of(self, items: int) -> list[Any]:
-        """As `task_runs`, once they name so many items together."""
+        """The ended ones, once they name so many items together: states are recorded after they happen."""
 
         def named(runs: list[Any]) -> int:
             return sum(int(run["name"].split()[-2]) for run in runs)
@@ -162,7 +158,7 @@ def test_reused_work_is_one_cached_task_per_stage(
 ) -> None:
     state = flow(rendered.table, store, "video.crf=30", "limit=3")
     assert state.is_completed(), state
-    runs = Seen(prefect_server, state).task_runs(5)
+    runs = Seen(prefect_server, state).task_runs_of(12)
     cached = {
         run["name"]: run["state"]["message"]
         for run in runs
@@ -193,7 +189,7 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert state.message == "1 of 2 clips failed; max_failed_fraction=0 allows fewer"
     assert list(videos(root / "datasets/late")) == ["good.mp4"]
     seen = Seen(prefect_server, state)
-    failed = [run for run in seen.task_runs(6) if run["state_name"] == "Failed"]
+    failed = [run for run in seen.task_runs_of(7) if run["state_name"] == "Failed"]
     assert len(failed) == 1
     assert failed[0]["name"].startswith("reference ")
     assert "no face found" in failed[0]["state"]["message"]
@@ -242,9 +238,9 @@ def test_cancelling_through_the_server_stops_at_the_next_item(
     started = threading.Event()
 
     def cancel() -> None:
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
-        found = until(lambda: prefect_server.post("flow_runs/filter", wanted), bool)
         until(lambda: list(tmp_path.glob("stages/face/manifests/*")), bool)
+        wanted = {"flow_runs": {"name": {"any_": [path.name for path in (tmp_path / "runs").iterdir()]}}}
+        found = until(lambda: prefect_server.post("flow_runs/filter", wanted), bool)
         body = {"state": {"type": "CANCELLING"}}
         prefect_server.post(f"flow_runs/{found[0]['id']}/set_state", body)
         started.set()

@@ -43,7 +43,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """Tests that use it are marked `pytest.mark.xdist_group("prefect")`, so that one server serves all."""
+    """One per test process."""
     folder = tmp_path_factory.mktemp("prefect")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVATAR_STATE_DIR", str(folder / "state"))

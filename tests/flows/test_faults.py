@@ -26,7 +26,7 @@ from tests.flows.conftest import PrefectServer
 from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
 
-pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 AVATAR = [sys.executable, "-c", "import tests.flows.counted_backend; from flows.cli import main; main()"]

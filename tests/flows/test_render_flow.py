@@ -27,7 +27,7 @@ from tests.sample_rows import (
     write_table,
 )
 
-pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "flows.render.render_dataset"

@@ -29,7 +29,7 @@ from tests.sample_rows import Rendered, RunAvatar
 
 AVATAR = Path(sys.executable).with_name("avatar")
 
-pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

@@ -12,9 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# One process builds the wheel and uses it in every test here.
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

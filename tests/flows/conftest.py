@@ -1,14 +1,14 @@
 """A Prefect server that lives as long as the tests that share it."""
 
-import json
 import os
 import socket
-import urllib.request
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from flows.server import start_server, stop_server
@@ -24,15 +24,20 @@ class PrefectServer:
     environment: dict[str, str] = field(repr=False)
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.address}/api/{path}", timeout=30) as response:
-            return json.load(response)
+        return self._answer(httpx.get(f"{self.address}/api/{path}", timeout=30))
 
     def post(self, path: str, body: Any) -> Any:
-        request = urllib.request.Request(
-            f"{self.address}/api/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        """A busy database answers 503, at which Prefect's own client tries again too."""
+        for _ in range(20):
+            response = httpx.post(f"{self.address}/api/{path}", json=body, timeout=30)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(0.5)
+        return self._answer(response)
+
+    def _answer(self, response: httpx.Response) -> Any:
+        response.raise_for_status()
+        return response.json() if response.content else None
 
 
 def free_port() -> int:

@@ -138,7 +138,7 @@ def _weights() -> Iterator[Check]:
         if not weights.present(name):
             # Files that are fetched serve options, which say so themselves when they are used.
             yield Check("weights", name, f"absent; run: {weights.remedy(name)}", entry.kind != "package")
-        elif problems := weights.verify(name):
+        elif problems := weights.verify(name, trust_record=entry.kind == "huggingface"):
             yield Check("weights", name, f"altered: {'; '.join(problems)}", False)
         else:
             yield Check("weights", name, "present", True)

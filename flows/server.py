@@ -82,10 +82,14 @@ def running_server() -> Server | None:
 
 
 def server_environment() -> dict[str, str]:
-    """PREFECT_API_URL of our server if it answers and the user named no other. Set it before Prefect is
+    """Prefect's settings for our server if it answers and the user named no other. Set them before Prefect is
     imported."""
-    server = None if os.environ.get("PREFECT_API_URL") else running_server()
-    return {"PREFECT_API_URL": server.api_url} if server and answers(server.api_url) else {}
+    server, chosen = running_server(), os.environ.get("PREFECT_API_URL")
+    if not server or chosen not in (None, "", server.api_url) or not answers(server.api_url):
+        return {}
+    # Prefect's links would lead to its older pages, the address alone leads to the newer ones.
+    pages = os.environ.get("PREFECT_UI_URL") or f"{server.address}/v2"
+    return {"PREFECT_API_URL": server.api_url, "PREFECT_UI_URL": pages}
 
 
 def answers(api_url: str) -> bool:

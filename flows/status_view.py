@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avatar_core.status import RunStatus, RunSummary
+from flows.alive import crash_lost_runs
 from flows.server import Server, answers, log_path, running_server, server_environment
 
 FAILURES_SHOWN = 20
@@ -70,7 +71,7 @@ def print_run(console: Console, status: RunStatus) -> None:
 def _flow_runs(run_id: str) -> list[str]:
     """State and page of the flow runs that carry the run's id as their name."""
     url = os.environ.get("PREFECT_API_URL")
-    environment = {"PREFECT_API_URL": url} if url and answers(url) else server_environment()
+    environment = server_environment() or ({"PREFECT_API_URL": url} if url and answers(url) else {})
     if not environment:
         return []
     os.environ.update(environment)
@@ -82,6 +83,7 @@ def _flow_runs(run_id: str) -> list[str]:
 
     wanted = FlowRunFilter(name=FlowRunFilterName(any_=[run_id]))
     try:
+        crash_lost_runs()
         with get_client(sync_client=True) as client:
             runs = client.read_flow_runs(
                 flow_run_filter=wanted, sort=FlowRunSort.START_TIME_DESC, limit=FLOW_RUNS_SHOWN

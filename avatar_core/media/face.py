@@ -14,7 +14,7 @@ from avatar_core.media.mtcnn import MTCNN, normalise
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
-RULES = ("largest", "leftmost", "most_confident")
+RULES = ("largest", "leftmost", "most_confident", "reference")
 
 WINDOW = 12  # side of the proposal network's view, px
 PYRAMID_FACTOR = 0.709
@@ -61,7 +61,7 @@ class FaceDetector:
         if not found:
             return np.zeros((0, 4))
         boxes = np.concatenate(found)
-        return _squares(boxes[_keep(boxes[:, :4], boxes[:, 4], 0.7), :4])
+        return _squares(boxes[keep_best(boxes[:, :4], boxes[:, 4], 0.7), :4])
 
     def _level_proposals(self, level: NDArray[np.float32], scale: float) -> Floats:
         """Boxes and probability [n, 5] found at one size of the picture."""
@@ -71,7 +71,7 @@ class FaceDetector:
         windows = np.concatenate([corner, corner + WINDOW], axis=1) / scale
         score = probability[row, column]
         boxes = windows + offsets[row, column] * (WINDOW / scale)
-        return np.column_stack([boxes, score])[_keep(windows, score, 0.5)]
+        return np.column_stack([boxes, score])[keep_best(windows, score, 0.5)]
 
     def _refined(self, picture: Picture, squares: Floats) -> Floats:
         if not len(squares):
@@ -80,7 +80,7 @@ class FaceDetector:
         boxes = squares + offsets * _sides(squares)
         sure = probability > REFINEMENT_MIN
         boxes, probability = boxes[sure], probability[sure]
-        return _squares(boxes[_keep(boxes, probability, 0.7)])
+        return _squares(boxes[keep_best(boxes, probability, 0.7)])
 
     def _faces(self, picture: Picture, squares: Floats, scale: float) -> list[Face]:
         """Faces in the pixels of the unreduced picture."""
@@ -95,7 +95,7 @@ class FaceDetector:
                 score=float(probability[best]),
                 points=(self._points(picture, boxes[best]) / scale).astype(np.float32),
             )
-            for best in _keep(boxes, probability, 0.7, of_smaller=True)
+            for best in keep_best(boxes, probability, 0.7, of_smaller=True)
         ]
 
     def _points(self, picture: Picture, box: Floats) -> Floats:
@@ -133,7 +133,7 @@ def _squares(boxes: Floats) -> Floats:
     return np.concatenate([centre - side / 2, centre + side / 2], axis=1)
 
 
-def _keep(
+def keep_best(
     boxes: Floats, score: NDArray[np.floating], limit: float, *, of_smaller: bool = False
 ) -> NDArray[np.intp]:
     """Non-maximum suppression: indices of the boxes to keep, best first."""
@@ -239,7 +239,16 @@ def choose(
 def _by_rule(faces: Sequence[Face], rule: str) -> Face:
     if rule == "leftmost":
         return min(faces, key=lambda face: float(face.box[0]))
+    if rule == "reference":
+        return _last_larger(faces)
     return max(faces, key=_area if rule == "largest" else lambda face: face.score)
+
+
+def _last_larger(faces: Sequence[Face]) -> Face:
+    """What HunyuanVideo-Avatar's code takes for the largest face: of those larger than the most confident
+    one, the least confident."""
+    first, *others = sorted(faces, key=lambda face: face.score, reverse=True)
+    return [first, *(face for face in others if _area(face) > _area(first))][-1]
 
 
 def _area(face: Face) -> float:

@@ -39,6 +39,8 @@ OPTIONS = {
     "weights list": set(),
     "weights fetch": set(),
     "weights verify": set(),
+    "weights convert": {"--dtype"},
+    "weights tiny": set(),
 }
 
 pytestmark = pytest.mark.timeout(120)
@@ -371,6 +373,20 @@ def test_weights_are_listed_and_verified(avatar: RunAvatar) -> None:
     code, output = avatar("weights", "verify", "mtcn")
     assert code == 2
     assert "mtcnn" in output
+
+
+def test_random_weights_are_written_and_converted(
+    avatar: RunAvatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path))
+    assert avatar("weights", "tiny", "hunyuan")[0] == 0
+    assert avatar("weights", "verify", "hunyuan-tiny") == (0, "hunyuan-tiny: ok\n")
+    code, output = avatar("weights", "convert", "hunyuan-tiny/transformer")
+    assert code == 0
+    assert str(tmp_path / "hunyuan-tiny/converted/transformer") in output
+    code, output = avatar("weights", "tiny", "preview")
+    assert code == 2
+    assert "backends with such weights: hunyuan" in output
 
 
 def test_metadata_lists_what_the_command_printed(avatar: RunAvatar, rendered: Rendered, store: Path) -> None:

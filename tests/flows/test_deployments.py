@@ -1,6 +1,7 @@
 """`prefect.yaml` and the worker that runs what it schedules."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from tests.flows.conftest import PrefectServer
-from tests.sample_rows import Rendered, RunAvatar
+from tests.sample_rows import Rendered, RunAvatar, write_table
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -75,16 +76,22 @@ def worker(
 
 
 def deploy(server: PrefectServer, folder: Path) -> None:
+    code, output = deploying(server, folder)
+    assert code == 0, output
+
+
+def deploying(server: PrefectServer, folder: Path) -> tuple[int, str]:
     done = subprocess.run(
         [str(BIN / "prefect"), "--no-prompt", "deploy", "--all"],
         cwd=folder,
         env=server.environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    return done.returncode, done.stdout
 
 
 def registered(server: PrefectServer) -> dict[str, Any]:
@@ -143,6 +150,22 @@ def test_on_demand_renders_the_samples(deployments: dict[str, Any]) -> None:
     assert (ROOT / found["parameters"]["table"]).exists()
 
 
+@pytest.mark.parametrize("package", ["flows", "tasks", "avatar_core"])
+def test_a_folder_with_packages_named_as_ours_is_refused(
+    prefect_server: PrefectServer, tmp_path: Path, package: str
+) -> None:
+    """Prefect reads the flow's parameters there; it must not take them from another program."""
+    values = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    values["deployments"] = [values["deployments"][0] | {"name": f"beside-{package}"}]
+    (tmp_path / "prefect.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    code, output = deploying(prefect_server, tmp_path)
+    assert code == 1
+    assert re.search(rf"(No module named|cannot import name .*) '{package}\b", output), output
+    assert f"beside-{package}" not in registered(prefect_server)
+
+
 # --- the worker
 
 
@@ -191,6 +214,28 @@ def test_execute_is_for_workers(avatar: RunAvatar, monkeypatch: pytest.MonkeyPat
     assert code == 2
     assert "start one with `avatar worker`" in output
     assert "execute" not in avatar("--help")[1]
+
+
+def test_a_run_with_bad_rows_ends_without_a_traceback(
+    prefect_server: PrefectServer, deployments: dict[str, Any], inputs: Path, tmp_path: Path
+) -> None:
+    rows = [{"image": str(inputs / "landscape.png"), "audio": str(inputs / "hello.wav")}]
+    table = write_table(tmp_path / "bad.csv", rows)
+    parameters = {"table": str(table), "overrides": [f"storage.root={tmp_path}"]}
+    deployment = deployments["on-demand"]["id"]
+    wanted = {"parameters": parameters, "state": {"type": "PENDING"}}  # no worker takes it
+    run = prefect_server.post(f"deployments/{deployment}/create_flow_run", wanted)
+    done = subprocess.run(
+        [str(BIN / "avatar"), "execute"],
+        env={**prefect_server.environment, "PREFECT__FLOW_RUN_ID": run["id"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert prefect_server.get(f"flow_runs/{run['id']}")["state_type"] == "FAILED"
+    assert "1 of 1 clips failed" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_run_with_another_flows_than_its_worker(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_up_and_down(state: Path) -> None:
     server = running_server()
     assert server
     assert server.address == f"http://127.0.0.1:{port}"
-    assert server_environment() == {"PREFECT_API_URL": f"{server.address}/api"}
+    assert server_environment()["PREFECT_API_URL"] == f"{server.address}/api"
     assert os.getpgid(server.pid) == server.pid != os.getpgid(os.getpid())
 
     assert json.loads(fetch(f"{server.address}/ui-settings"))["api_url"] == "/api"
@@ -195,8 +195,14 @@ def test_a_state_folder_that_cannot_be_made(avatar: RunAvatar, monkeypatch: pyte
 # --- finding it again
 
 
-def test_environment_names_the_running_server(shared_state: PrefectServer) -> None:
-    assert server_environment() == {"PREFECT_API_URL": f"{shared_state.address}/api"}
+def test_environment_names_the_running_server(
+    shared_state: PrefectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = shared_state.address
+    expected = {"PREFECT_API_URL": f"{address}/api", "PREFECT_UI_URL": f"{address}/v2"}
+    assert server_environment() == expected
+    monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
+    assert server_environment() == expected
 
 
 def test_environment_leaves_the_users_own_server(
@@ -248,10 +254,11 @@ def test_a_process_that_ended_has_no_start(stubborn: subprocess.Popen[bytes]) ->
 
 def test_finding_the_server_imports_no_prefect(shared_state: PrefectServer) -> None:
     code = (
-        "import sys; from flows.server import server_environment as e; print(e(), 'prefect' in sys.modules)"
+        "import sys; from flows.server import server_environment as settings; "
+        "print(settings()['PREFECT_API_URL'], 'prefect' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{{'PREFECT_API_URL': '{shared_state.address}/api'}} False\n"
+    assert done.stdout == f"{shared_state.address}/api False\n"
 
 
 # --- status
@@ -283,8 +290,21 @@ def test_status_shows_the_flow_run(shared_state: PrefectServer, rendered: Render
     run = shared_state.post("flow_runs/", body)
     command = [str(AVATAR), "status", rendered.result.run_id, f"storage.root={rendered.store}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    page = f"{shared_state.address}/runs/flow-run/{run['id']}"
+    page = f"{shared_state.address}/v2/runs/flow-run/{run['id']}"
     assert f"flow run: Running, {page}\n" in done.stdout
+
+
+def test_status_finds_a_run_whose_process_is_gone(shared_state: PrefectServer, rendered: Rendered) -> None:
+    flow = shared_state.post("flows/", {"name": "render-dataset"})
+    body = {"flow_id": flow["id"], "name": rendered.result.run_id, "state": {"type": "PENDING"}}
+    run = shared_state.post("flow_runs/", body)
+    shared_state.post(f"flow_runs/{run['id']}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+    marks = shared_state.folder / "flow-runs"
+    marks.mkdir(exist_ok=True)
+    (marks / run["id"]).write_text("1")
+    command = [str(AVATAR), "status", rendered.result.run_id, f"storage.root={rendered.store}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"flow run: Crashed, {shared_state.address}/v2/runs/flow-run/{run['id']}\n" in done.stdout
 
 
 def test_status_without_a_server_needs_no_prefect(state: Path, rendered: Rendered) -> None:

@@ -1,0 +1,102 @@
+"""Options of the `hunyuan` backend, by stage. No model library is imported here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from avatar_core.errors import ConfigError
+
+Mode = Literal["default", "parity"]
+ImageSize = Annotated[int, Field(ge=64, le=1280)]
+
+PROMPT_PREFIX = "Authentic, Realistic, Natural, High-quality, Lens-Fixed, "
+NEGATIVE_PROMPT = (
+    "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
+    "teeth, bad eyes, bad limbs, distortion, blurring, Lens changes"
+)
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_ROW = {"row": True}
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    __pydantic_config__ = _STRICT
+    mode: Mode = "default"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`prompt_prefix` goes before every prompt, as the model was used; `negative_prompt` serves rows without
+    their own."""
+
+    __pydantic_config__ = _STRICT
+    image_size: ImageSize = 704
+    prompt_prefix: str = PROMPT_PREFIX
+    negative_prompt: str = field(default=NEGATIVE_PROMPT, metadata=_ROW)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    __pydantic_config__ = _STRICT
+    mode: Mode = "default"
+    image_size: ImageSize = 704
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    """`step_cache`: most steps in the middle run only the last block on the activations of a full step;
+    `scaled` fits the reference's schedule of 50 steps to any number of them, `off` runs every step in full.
+    `transformer`: bfloat16 weights or the official float8 file. `checkpoint_steps`: a clip's state is kept on
+    this machine's disk every so many steps, so that a killed clip goes on from there (0: never).
+    """
+
+    __pydantic_config__ = _STRICT
+    mode: Mode = "default"
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = field(default=50, metadata=_ROW)
+    guidance_scale: Annotated[float, Field(gt=1, le=30)] = field(default=7.5, metadata=_ROW)
+    flow_shift: Annotated[float, Field(gt=0, le=30)] = field(default=5.0, metadata=_ROW)
+    step_cache: Literal["scaled", "reference", "off"] = "scaled"
+    transformer: Literal["bf16", "fp8"] = "bf16"
+    checkpoint_steps: Annotated[int, Field(ge=0)] = field(default=5, metadata={"execution": True})
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    __pydantic_config__ = _STRICT
+    image_size: ImageSize = 704
+
+
+@dataclass(frozen=True)
+class HunyuanConfig:
+    """`mode` and `image_size` hold for every stage that has such an option. `checkpoint` names a folder
+    below the weights folder. Raises `ConfigError` where a stage says otherwise."""
+
+    __pydantic_config__ = _STRICT
+    mode: Mode = "default"
+    image_size: ImageSize = 704
+    checkpoint: Literal["hunyuan", "hunyuan-tiny"] = "hunyuan"
+    audio: AudioConfig = AudioConfig()
+    text: TextConfig = TextConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    denoise: DenoiseConfig = DenoiseConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self) -> None:
+        for stage in ("audio", "text", "reference", "denoise", "decode"):
+            object.__setattr__(self, stage, self._shared(stage, getattr(self, stage)))
+
+    def _shared(self, stage: str, config: Any) -> Any:
+        changes = {}
+        for option in dataclasses.fields(config):
+            if option.name not in ("mode", "image_size"):
+                continue
+            value, shared = getattr(config, option.name), getattr(self, option.name)
+            if value not in (option.default, shared):
+                raise ConfigError(
+                    f"backend.{stage}.{option.name}={value}: set backend.{option.name} for all stages"
+                )
+            changes[option.name] = shared
+        return dataclasses.replace(config, **changes)

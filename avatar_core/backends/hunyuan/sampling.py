@@ -1,0 +1,297 @@
+"""From noise to a clip's latents: guided flow matching over windows, with a cache between steps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from avatar_core.backends.base import ReportStep
+from avatar_core.backends.hunyuan.audio_adapter import AudioKeys
+from avatar_core.backends.hunyuan.config import DenoiseConfig
+from avatar_core.backends.hunyuan.schedules import (
+    EARLY_STEPS,
+    WINDOW,
+    ClipWindows,
+    StepCache,
+    Window,
+    cached_steps,
+    euler_step,
+    flow_sigmas,
+    guidance_at,
+)
+from avatar_core.backends.hunyuan.transformer import (
+    BlockInput,
+    HunyuanAvatarTransformer,
+    Prepared,
+    PreparedText,
+    TextConditions,
+)
+
+MOTION_EXP = (30, 30, 30, 30)
+MOTION_POSE = (25, 25, 25, 25)
+"""Strengths of expression and head motion that the model was published with."""
+
+EARLY_FACE_SHARE = 0.6  # of the face mask, in the early steps
+
+State = Mapping[str, Tensor]
+"""A clip between two steps: `latents` and `step`, the number of steps done."""
+SaveState = Callable[[State], None]
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """`latents_dtype` is what latents are rounded to after every step, and the least precise dtype that
+    guidance is computed in."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    flow_shift: float = 5.0
+    step_cache: StepCache = "scaled"
+    latents_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def from_config(cls, config: DenoiseConfig) -> "SamplerSettings":
+        settings = cls(
+            config.num_inference_steps, config.guidance_scale, config.flow_shift, config.step_cache
+        )
+        if config.mode == "parity":
+            return replace(settings, step_cache="reference", latents_dtype=torch.bfloat16)
+        return settings
+
+
+@dataclass(frozen=True)
+class ClipConditions:
+    """What one clip is made from; every tensor has batch size 1 and lies on the transformer's device."""
+
+    prompt: TextConditions
+    negative_prompt: TextConditions
+    ref_latents: Tensor  # (1, C, WINDOW, h, w)
+    audio: Tensor  # (1, video frames with their padding, positions, layers, channels)
+    face_mask: Tensor  # (1, 1, 1, h, w)
+    motion_exp: Tensor  # (1, 4)
+    motion_pose: Tensor  # (1, 4)
+    fps: Tensor  # (1,)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    index: int
+    latents: Tensor  # (1, C, frames, h, w)
+    noise_preds: Sequence[Tensor]  # of each window, after guidance
+    guidance_scale: float
+    is_cached: bool
+
+
+def draw_noise(
+    windows: ClipWindows, frame_shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """(1, C, frames, h, w) on the generator's device; `frame_shape` = C, h, w. The reference draws float16 on
+    the device that computes."""
+    channels, height, width = frame_shape
+    shape = (1, channels, windows.num_noise_frames, height, width)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+
+
+class WindowCache:
+    """Activations of the last full step, for cached steps, whose windows lie elsewhere.
+
+    Rows of the video are kept by frame. Reference and text rows belong to a window; a cached step takes those
+    of the last window that held its first frame.
+    """
+
+    def __init__(self, num_frames: int) -> None:
+        self._owners = torch.zeros(num_frames, dtype=torch.long)
+        self._rows: dict[int, BlockInput] = {}
+        self._image: Tensor | None = None  # (B, num_frames, S, D)
+
+    def store(self, number: int, window: Window, rows: BlockInput) -> None:
+        """`number` counts the windows of a step."""
+        image = rows.image.unflatten(1, (WINDOW, -1))
+        if len(self._owners) == WINDOW:
+            self._image = image
+        else:
+            if self._image is None:
+                self._image = image.new_zeros(len(image), len(self._owners), *image.shape[2:])
+            self._image[:, window.frames] = image
+        self._owners[window.frames] = number
+        # Copies, for as views they would keep all rows of the window.
+        self._rows[number] = BlockInput(rows.reference.clone(), image.new_empty(0), rows.text.clone())
+
+    def take(self, window: Window) -> BlockInput:
+        assert self._image is not None, "the first step is a full one"
+        rows = self._rows[int(self._owners[window.frames[0]])]
+        image = self._image if len(self._owners) == WINDOW else self._image[:, window.frames]
+        return replace(rows, image=image.flatten(1, 2))
+
+
+class GuidedTransformer:
+    """The transformer's answer for a window, with guidance.
+
+    The unconditional half (0: negative prompt, silence) and the conditional one (1) are one batch, or with
+    `sequential` two, one after the other, which take less memory.
+    """
+
+    def __init__(
+        self,
+        transformer: HunyuanAvatarTransformer,
+        conditions: ClipConditions,
+        windows: ClipWindows,
+        *,
+        sequential: bool,
+    ) -> None:
+        self._transformer = transformer
+        self._batches = ((0,), (1,)) if sequential else ((0, 1),)
+        self._caches = [WindowCache(windows.num_frames) for _ in self._batches]
+        behind = max(0, windows.num_audio_frames - conditions.audio.shape[1])
+        self._audio = pad(conditions.audio, (0, 0) * 3 + (0, behind))
+        self._silence = transformer.prepare_audio(torch.zeros_like(conditions.audio[:, :1]))
+        self._heard: dict[int, tuple[AudioKeys, ...]] = {}
+        texts = conditions.negative_prompt, conditions.prompt
+        late = self._constants(conditions, (conditions.prompt, conditions.prompt))
+        early_gate = transformer.prepare_face_masks(EARLY_FACE_SHARE * conditions.face_mask)
+        self._late = late
+        self._early = [
+            replace(prepared, text=self._text(texts, halves), face_gate=early_gate)
+            for prepared, halves in zip(late, self._batches, strict=True)
+        ]
+
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, step: int, number: int, window: Window, *, cached: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Answers of both halves to the latents (1, C, WINDOW, h, w) of the step's window `number`."""
+        answers = []
+        constants = self._early if step < EARLY_STEPS else self._late
+        for halves, prepared, cache in zip(self._batches, constants, self._caches, strict=True):
+            inputs = latents.expand(len(halves), -1, -1, -1, -1), timestep.expand(len(halves))
+            if cached:
+                output = self._transformer(*inputs, prepared, cache.take(window))
+            else:
+                output = self._transformer(*inputs, replace(prepared, audio=self._sound(window, halves)))
+                cache.store(number, window, output.cache)
+            answers.append(output.sample)
+        unconditional, conditional = torch.cat(answers).chunk(2)
+        return unconditional, conditional
+
+    def _constants(
+        self, conditions: ClipConditions, texts: tuple[TextConditions, TextConditions]
+    ) -> list[Prepared]:
+        """Of each batch, all but the sound, which goes with the window."""
+        picture = self._transformer.prepare_picture(conditions.ref_latents)
+        gate = self._transformer.prepare_face_masks(conditions.face_mask)
+        scalars = self._transformer.prepare_scalars(
+            conditions.motion_exp, conditions.motion_pose, conditions.fps
+        )
+        return [
+            Prepared(
+                text=self._text(texts, halves),
+                picture=replace(picture, reference=picture.reference.expand(len(halves), -1, -1)),
+                audio=(),
+                face_gate=gate,
+                scalars=scalars,
+            )
+            for halves in self._batches
+        ]
+
+    def _text(self, texts: tuple[TextConditions, TextConditions], halves: Sequence[int]) -> PreparedText:
+        chosen = [texts[half] for half in halves]
+        return self._transformer.prepare_text(
+            TextConditions(
+                torch.cat([text.prompt_embeds for text in chosen]),
+                torch.cat([text.prompt_mask for text in chosen]),
+                torch.cat([text.pooled_prompt_embeds for text in chosen]),
+            )
+        )
+
+    def _sound(self, window: Window, halves: Sequence[int]) -> tuple[AudioKeys, ...]:
+        """Of a short clip, whose only window stays where it is, it is computed once."""
+        first = int(window.frames[0])
+        if first not in self._heard:
+            self._heard = {first: self._transformer.prepare_audio(self._audio[:, window.audio_frames])}
+        both = (
+            [AudioKeys(silent.key.expand_as(heard.key), silent.value.expand_as(heard.value)), heard]
+            for silent, heard in zip(self._silence, self._heard[first], strict=True)
+        )
+        return tuple(
+            AudioKeys(
+                torch.cat([pair[half].key for half in halves]),
+                torch.cat([pair[half].value for half in halves]),
+            )
+            for pair in both
+        )
+
+
+@torch.no_grad()
+def denoise_steps(
+    transformer: HunyuanAvatarTransformer,
+    conditions: ClipConditions,
+    noise: Tensor,
+    settings: SamplerSettings,
+    *,
+    sequential: bool = False,
+    state: State | None = None,
+) -> Iterator[StepResult]:
+    """Every step, or those after a saved `state`; latents keep the noise's dtype."""
+    windows = ClipWindows.of(conditions.audio.shape[1])
+    guided = GuidedTransformer(transformer, conditions, windows, sequential=sequential)
+    num_steps = settings.num_inference_steps
+    sigmas = flow_sigmas(num_steps, settings.flow_shift)
+    cached = cached_steps(settings.step_cache, num_steps)
+    latents = noise[:, :, : windows.num_frames] if state is None else state["latents"].to(noise)
+    for step in range(0 if state is None else int(state["step"]), num_steps):
+        timestep = (sigmas[step] * 1000).to(latents.device)
+        scale = guidance_at(step, num_steps, settings.guidance_scale)
+        total, count = torch.zeros_like(latents), latents.new_zeros(windows.num_frames, 1, 1)
+        noise_preds = []
+        for number, window in enumerate(windows.at(step)):
+            seen = latents[:, :, window.frames]
+            answers = guided(seen, timestep, step, number, window, cached=cached[step])
+            noise_preds.append(guide(*answers, scale, settings.latents_dtype))
+            moved = euler_step(seen, noise_preds[-1], sigmas[step], sigmas[step + 1])
+            total[:, :, window.frames] += moved.to(settings.latents_dtype).to(total.dtype)
+            count[window.frames] += 1
+        latents = total / count
+        yield StepResult(step, latents, noise_preds, scale, cached[step])
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """In `dtype` or the answers' own, whichever is more precise."""
+    precise = torch.promote_types(unconditional.dtype, dtype)
+    unconditional, conditional = unconditional.to(precise), conditional.to(precise)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def denoise(
+    transformer: HunyuanAvatarTransformer,
+    conditions: ClipConditions,
+    noise: Tensor,
+    settings: SamplerSettings,
+    report: ReportStep,
+    *,
+    sequential: bool = False,
+    state: State | None = None,
+    save: SaveState | None = None,
+    save_every: int = 5,
+) -> Tensor:
+    """Latents of a clip, float32 (1, C, frames, h, w). `report` is called before the first and after every
+    step and may raise to stop.
+
+    `save` receives a state that a later call goes on from with the same result, every `save_every` steps or
+    a few later: only before a full step, so that no activations need be kept, and cached steps cost little
+    to do again.
+    """
+    num_steps = settings.num_inference_steps
+    cached = cached_steps(settings.step_cache, num_steps)
+    saved_at = 0 if state is None else int(state["step"])
+    report(saved_at, num_steps)
+    latents = noise
+    for result in denoise_steps(transformer, conditions, noise, settings, sequential=sequential, state=state):
+        latents, done = result.latents, result.index + 1
+        if latents.device.type != "cpu":
+            torch.accelerator.synchronize(latents.device)  # report what is done, not what is queued
+        report(done, num_steps)
+        if save and done < num_steps and not cached[done] and done - saved_at >= save_every:
+            save({"latents": latents.cpu(), "step": torch.tensor(done)})
+            saved_at = done
+    return latents.float()[:, :, : ClipWindows.of(conditions.audio.shape[1]).num_kept_frames]

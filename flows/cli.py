@@ -1,5 +1,6 @@
 """The `avatar` command. Heavy imports wait until a command needs them, so `--help` is instant."""
 
+import importlib
 import logging
 import os
 import signal
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
     from avatar_core.batch import Batch
     from avatar_core.config import Config
     from avatar_core.pipeline import Result
+    from flows.execution import Execution
     from flows.terminal import View
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify.")
+weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify, convert.")
 app.add_typer(weights_app, name="weights")
 console = Console()
 errors = Console(stderr=True)
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_CANCELLED = 1, 2, 130
+HEAD_START_S = 2.0
 
 Words = Annotated[
     list[str] | None,
@@ -206,12 +209,14 @@ def up(
     ] = None,
 ) -> None:
     """Start a Prefect server in the background: renders then show in its web pages."""
+    from flows.alive import crash_lost_runs
     from flows.server import start_server
     from flows.status_view import print_server
     from flows.worker import ensure_work_pool
 
     server, fresh = start_server(host, port)
     ensure_work_pool(server.api_url)
+    crash_lost_runs(server.api_url)
     print_server(console, server, fresh)
 
 
@@ -273,6 +278,8 @@ def weights_list() -> None:
         table.add_column(heading)
     for name, entry in weights.load_registry().items():
         table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.title)
+        for part in entry.parts if entry.kind == "huggingface" else ():
+            table.add_row(f"{name}/{part}", "yes" if weights.present(f"{name}/{part}") else "no", "", "")
     console.print(table)
 
 
@@ -286,15 +293,57 @@ def weights_fetch(name: str) -> None:
 
 @weights_app.command("verify")
 def weights_verify(name: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Hash the files of one or all weights that are here."""
+    """Hash the files of one or all weights that are here; note those that were placed by hand."""
     from avatar_core import weights
 
     names = [name] if name else [n for n in weights.load_registry() if weights.present(n)]
     problems = {n: weights.verify(n) for n in names}
     for checked, found in problems.items():
-        console.print(Text(f"{checked}: {'; '.join(found) or 'ok'}"), soft_wrap=True)
+        verdict = "; ".join(found) or f"ok{weights.provenance(checked)}"
+        console.print(Text(f"{checked}: {verdict}"), soft_wrap=True)
     if any(problems.values()):
         raise typer.Exit(EXIT_FAILED_ROWS)
+
+
+@weights_app.command("convert")
+def weights_convert(
+    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Cast to bfloat16, float16 or float32; results get other keys.")
+    ] = None,
+) -> None:
+    """Copy a model into files that load faster."""
+    backend = name.partition("/")[0].removesuffix("-tiny")
+    copy = _backend_module(backend, "official").convert(name, dtype)
+    console.print(Text(f"{name}: copied to {copy}"), soft_wrap=True)
+
+
+@weights_app.command("tiny")
+def weights_tiny(
+    backend: str,
+    folder: Annotated[Path | None, typer.Argument(help="Default: where a run looks for it.")] = None,
+) -> None:
+    """Write random weights in a backend's official file layout, to try everything without the real ones."""
+    from avatar_core import weights
+
+    target = folder or weights.folder() / f"{backend}-tiny"
+    _backend_module(backend, "tiny").write_tiny_checkpoint(target)
+    console.print(Text(f"random weights for {backend}: in {target}"), soft_wrap=True)
+
+
+def _backend_module(backend: str, module: str) -> Any:
+    """What only backends with models of their own have."""
+    from avatar_core import weights
+
+    known = [name.removesuffix("-tiny") for name in weights.load_registry() if name.endswith("-tiny")]
+    if backend not in known:
+        raise ConfigError(f"got backend `{backend}`; backends with such weights: {', '.join(known)}")
+    try:
+        return importlib.import_module(f"avatar_core.backends.{backend}.{module}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed; run: pip install 'avatar-dataset[{backend}]'"
+        ) from error
 
 
 @app.command()
@@ -332,28 +381,28 @@ def _rendered(config: "Config") -> "Result":
 
 
 def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
-    with _prefect_server():
-        from flows.render import Handover, flow_parameters, handed_over, render_dataset
+    """The work begins at once; Prefect shows it from when it is there."""
+    from flows.execution import Execution
 
-        handover = Handover(batch, run_id, view, stopped)
+    with Execution(batch, run_id, view, stopped) as execution, _prefect_server(execution):
+        from flows.render import flow_parameters, handed_over, render_dataset
+
         try:
-            with handed_over(handover):
-                state = render_dataset(**flow_parameters(batch.config, run_id), return_state=True)
+            with handed_over(execution):
+                named = render_dataset.with_options(flow_run_name=run_id)
+                state = named(**flow_parameters(batch.config, run_id), return_state=True)
         except Exception as error:
-            if handover.result is None:
+            if not execution.ended:
                 raise
             view.warning(f"the Prefect server was not told of the end: {error}")
-            return handover.result
+            return execution.result()
     if state.is_cancelled():
         raise Cancelled("stopped by the user")
-    if handover.result is None:
-        state.result()  # raises what stopped the flow
-    assert handover.result
-    return handover.result
+    return execution.result()
 
 
 @contextmanager
-def _prefect_server() -> Iterator[None]:
+def _prefect_server(execution: "Execution") -> Iterator[None]:
     """The user's server, that of `avatar up`, or one for this run alone."""
     from flows.server import server_environment
     from flows.temporary_server import TemporaryServer
@@ -361,6 +410,8 @@ def _prefect_server() -> Iterator[None]:
 
     os.environ.update(server_environment())
     set_prefect_defaults()
+    if "PREFECT_API_URL" in os.environ:  # soon there: on few cores it would slow down the start of the queues
+        execution.wait_until_under_way(HEAD_START_S)
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     # Its own log goes to its server; here the view shows what counts.

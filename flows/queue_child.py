@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from copy import copy
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +27,7 @@ from avatar_core.stages.base import Stage
 from avatar_core.stages.registry import create_stages
 from avatar_core.store.manifest import parquet_bytes
 from avatar_core.store.storage import Storage
-from flows.queues import Job, JobResult, Row, shared_number
+from flows.queues import Job, JobResult, Row, Said, shared_number
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +57,22 @@ def _end_with_parent() -> None:
 
 
 class _Worker:
-    """Runs jobs with storages, backends and models that stay."""
+    """Runs jobs with storages, backends and models that stay.
+
+    A job's results are committed in a second thread, while the next job's first item is worked on.
+    """
 
     def __init__(self, connection: Connection, cancelled: memoryview) -> None:
         self._connection = connection
         self._cancelled = cancelled
         self._sending = threading.Lock()
+        self._committer = ThreadPoolExecutor(1)
         self._opened: dict[str, tuple[Storage, dict[str, Stage]]] = {}
         self._told_s = 0.0
-        self.item_key: str | None = None
+        self._at_last_item = False
+        self._number = 0
+        self._item_key: str | None = None
+        self._ending = threading.local()
         for name in ("avatar_core", "flows"):
             logger = logging.getLogger(name)
             logger.setLevel(logging.INFO)
@@ -73,24 +81,27 @@ class _Worker:
 
     def serve(self) -> None:
         _warm_up()
-        self.send(None)
+        self.send(0, Said.READY)
         with suppress(EOFError, ConnectionError):
             while True:
-                self.send(self._work(self._connection.recv_bytes()))
+                self._number, self._item_key = self._connection.recv(), None
+                self.send(self._number, Said.BEGUN)
+                self._work(self._number, self._connection.recv_bytes())
 
-    def send(self, message: Any) -> None:
+    def send(self, number: int, message: Any) -> None:
         try:
             with self._sending:
-                self._connection.send(message)
+                self._connection.send((number, message))
         except OSError:
             os._exit(1)  # the parent is gone; an exception would be taken for a failure of the item
 
-    def _work(self, message: bytes) -> JobResult:
+    def _work(self, number: int, message: bytes) -> None:
         rows: list[Row] = []
-        committed: list[Row] = []
-        self._told_s, self.item_key = 0.0, None
+        commits: list[Callable[[], None]] = []
+        error: Exception | None = None
+        self._told_s, self._at_last_item = 0.0, False
         try:
-            number, device, job = pickle.loads(message)
+            device, job = pickle.loads(message)
             storage, stages = self._open(job)
             run_shard(
                 storage,
@@ -98,14 +109,33 @@ class _Worker:
                 job.items,
                 job.inputs,
                 device=device,
+                memory=job.memory,
                 cancelled=lambda: self._cancelled[0] >= number,
-                on_progress=self._progress,
+                on_progress=lambda key, done, total: self._progress(job.items[-1].key, key, done, total),
                 on_row=lambda row: self._keep(row, rows),
-                on_commit=lambda: committed.extend(rows),
+                commit_with=commits.append,
             )
-        except Exception as error:
-            return _failed(error, committed)
-        return JobResult(rows=tuple(committed))
+        except Exception as caught:
+            error = caught
+        self._committer.submit(self._end, number, commits, rows, error)
+
+    def _end(
+        self, number: int, commits: Sequence[Callable[[], None]], rows: Sequence[Row], error: Exception | None
+    ) -> None:
+        self._ending.number = number
+        try:
+            for commit in commits:
+                commit()
+        except Exception as caught:
+            self.send(number, _failed(caught, ()))
+        else:
+            self.send(number, _failed(error, rows) if error else JobResult(rows=tuple(rows)))
+
+    def subject(self) -> tuple[int, str | None]:
+        """Number and item of the job that the present thread is at; libraries' threads are with the items."""
+        if ending := getattr(self._ending, "number", None):
+            return ending, None
+        return self._number, self._item_key
 
     def _open(self, job: Job) -> tuple[Storage, dict[str, Stage]]:
         settings = [job.root, job.options, job.cache_dir, job.cache_bytes, job.backend]
@@ -116,22 +146,43 @@ class _Worker:
             self._opened[name] = storage, create_stages(create_backend(job.backend))
         return self._opened[name]
 
-    def _progress(self, key: str, done: int, total: int) -> None:
-        self.item_key = key
+    def _progress(self, last_key: str, key: str, done: int, total: int) -> None:
+        self._item_key = key
         now_s = time.monotonic()
         if now_s - self._told_s >= PROGRESS_INTERVAL_S:
             self._told_s = now_s
-            self.send((key, done, total))
+            self.send(self._number, (key, done, total))
+        if key == last_key and not self._at_last_item:
+            self._at_last_item = True
+            self.send(self._number, Said.AT_LAST_ITEM)
 
     def _keep(self, row: Row, rows: list[Row]) -> None:
         rows.append(row)  # the commit adds to this very row where its tensors lie
-        self.send(row)
+        self.send(self._number, row)
 
 
 def _warm_up() -> None:
-    """What the first commit would load in the middle of the first shard: pyarrow brings pandas in."""
-    with one_thread():
+    """What the first commit would load in the middle of the first shard."""
+    with one_thread(), _without("pandas"):
         parquet_bytes(pa.Table.from_pylist([{"key": ""}]))
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """As if it were not installed. pyarrow looks for pandas once, at its first array, and would import it,
+    which takes as long as all else here; nothing in a child has need of it."""
+
+    class Absent:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == package:
+                raise ModuleNotFoundError(f"{name} is left out", name=name)
+
+    sys.meta_path.insert(0, Absent)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Absent)
 
 
 def _failed(error: Exception, rows: Sequence[Row]) -> JobResult:
@@ -160,7 +211,7 @@ class _PipeHandler(logging.Handler):
             sent = copy(record)
             sent.msg, sent.args = self.format(record), None
             sent.exc_info = sent.exc_text = sent.stack_info = None
-            sent.item_key = self._worker.item_key
-            self._worker.send(sent)
+            number, sent.item_key = self._worker.subject()
+            self._worker.send(number, sent)
         except Exception:
             self.handleError(record)

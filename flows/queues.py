@@ -1,8 +1,9 @@
-"""Local queues: a child process per GPU and some for the CPU, each running one shard at a time.
+"""Local queues: a child process per GPU and some for the CPU, each working on one shard at a time.
 
 A child keeps its models between shards and knows no flow engine. It is started as a fresh interpreter, not
 by `multiprocessing`, which would import the parent's main module into it and set its environment too late.
-A child that dies or falls silent is replaced; its shard is handed back.
+So that it never waits, it is sent a shard as it begins the last item of the one before, whose results it
+commits meanwhile. A child that dies or falls silent is replaced; its shards are handed back.
 """
 
 import dataclasses
@@ -17,16 +18,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from avatar_core.errors import ConfigError
-from avatar_core.run import Rows
+from avatar_core.run import AUTO, Rows
 from avatar_core.stages.base import ItemSpec
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Job:
     stage: str
     items: tuple[ItemSpec, ...]
     inputs: Rows
+    memory: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class JobResult:
     """`rows` are committed, also where there is an error; `unfinished` are the keys of the other items.
 
     `keys` names stored results that must be computed again. Where the child died or hung, `last_item` is
-    the key of the item that it worked on, None outside of any item.
+    the key of the item that it worked on, None outside of any item. What it had besides, a shard that was
+    being committed or had not begun, ends as `cancelled`: nothing speaks against doing it again.
     """
 
     rows: tuple[Row, ...] = ()
@@ -78,6 +83,21 @@ class JobResult:
     hung: bool = False
     unfinished: tuple[str, ...] = ()
     last_item: str | None = None
+
+
+class Said(Enum):
+    """What a child says of itself; else it sends progress, rows, log records and results."""
+
+    READY = auto()
+    BEGUN = auto()
+    AT_LAST_ITEM = auto()
+
+
+class _End(Enum):
+    """Why the answers to a job end without a result: the child was lost, with this job or another one."""
+
+    LOST = auto()
+    LOST_WITH_ANOTHER = auto()
 
 
 def _show_no_progress(key: str, done: int, total: int) -> None:
@@ -116,6 +136,12 @@ class LocalQueue:
         child = self._child
         return child.pid if child else None
 
+    @property
+    def in_flight(self) -> int:
+        """Shards that the child has: at work, being committed or next."""
+        child = self._child
+        return child.in_flight if child else 0
+
     def start(self) -> None:
         """Returns at once; the child goes on with its imports."""
         self._living_child()
@@ -137,12 +163,16 @@ class LocalQueue:
         with self._changing:
             self._numbers += 1
             number = self._numbers
-        with self._turn:
+        with ExitStack() as turn:
+            turn.enter_context(self._turn)
             child = None if number <= self._cancelled[0] else self._living_child()
             if child is None:
                 result = JobResult(cancelled=True)
             else:
-                result = self._run(child, number, job, item_timeout_s, on_progress, on_row)
+                with closing(child.answers(number, self.device, job, item_timeout_s)) as answers:
+                    result = self._listen(child, job, answers, turn.close, on_progress, on_row)
+        if (result.died or result.hung) and number <= self._cancelled[0]:
+            result = JobResult(cancelled=True)
         committed = {row["key"] for row in result.rows}
         unfinished = tuple(item.key for item in job.items if item.key not in committed)
         return dataclasses.replace(result, unfinished=unfinished)
@@ -165,52 +195,51 @@ class LocalQueue:
         with self._changing:
             if self._cancelled[0] == _ALL:
                 return None
-            if self._child and self._child.exit_status is not None:
+            if self._child and (self._child.lost or self._child.exit_status is not None):
                 self._child.end()
                 self._child = None
             if self._child is None:
                 self._child = _Child(self.name, self._environment, self._cell.fileno())
             return self._child
 
-    def _run(
+    def _listen(
         self,
         child: "_Child",
-        number: int,
         job: Job,
-        item_timeout_s: float,
+        answers: Iterator[Any],
+        next_turn: Callable[[], None],
         on_progress: OnProgress,
         on_row: OnRow,
     ) -> JobResult:
         started, ended = False, 0
-        result: JobResult | None = None
         try:
-            with _Watchdog(child.kill, item_timeout_s if child.ready else START_TIMEOUT_S) as watchdog:
-                for message in child.answers(number, self.device, job):
-                    watchdog.heard(item_timeout_s)
-                    match message:
-                        case None:
-                            child.ready = True
-                        case JobResult():
-                            result = message
-                        case logging.LogRecord():
-                            _log_here(message)
-                        case (key, done, total):
-                            started = True
-                            on_progress(key, done, total)
-                        case _:
-                            ended += 1
-                            on_row(message)
+            for answer in answers:
+                match answer:
+                    case JobResult():
+                        return answer
+                    case Said.AT_LAST_ITEM:
+                        next_turn()
+                    case Said():
+                        pass
+                    case logging.LogRecord():
+                        _log_here(answer)
+                    case (key, done, total):
+                        started = True
+                        on_progress(key, done, total)
+                    case _End.LOST:
+                        self._replace(child, _EXIT_GRACE_S)
+                        last_item = job.items[ended].key if started and ended < len(job.items) else None
+                        return _lost(self.name, child.exit_status, child.silent_s, last_item)
+                    case _End.LOST_WITH_ANOTHER:
+                        self._replace(child, _EXIT_GRACE_S)
+                        return JobResult(cancelled=True)
+                    case _:
+                        ended += 1
+                        on_row(answer)
         except BaseException:
             self._replace(child)
             raise
-        if result is None or watchdog.barked:
-            self._replace(child, _EXIT_GRACE_S)
-        if result is not None:
-            return result
-        if number <= self._cancelled[0]:
-            return JobResult(cancelled=True)
-        last_item = job.items[ended].key if started and ended < len(job.items) else None
-        return _lost(self.name, child.exit_status, watchdog.timeout_s if watchdog.barked else None, last_item)
+        raise AssertionError("answers end with a result or the loss of the child")
 
     def _replace(self, child: "_Child", grace_s: float = 0.0) -> None:
         child.end(grace_s)
@@ -268,7 +297,7 @@ class LocalQueues(Mapping[str, LocalQueue]):
 
 
 class _Child:
-    """A started interpreter and the pipe to it. Its answers end when it does."""
+    """A started interpreter and the pipe to it."""
 
     def __init__(self, name: str, environment: Mapping[str, str], cell: int) -> None:
         ours, theirs = socket.socketpair()
@@ -283,23 +312,71 @@ class _Child:
             )
         self._connection = Connection(ours.detach())
         self.pid = self._process.pid
-        self.ready = False
+        self.lost = False
+        self.silent_s: float | None = None
+        """The silence for which it was given up."""
+        self._ready = False
+        self._talks: dict[int, _Talk] = {}
+        self._last_begun = 0
+        self._changing, self._ending = threading.Lock(), threading.Lock()
+        threading.Thread(target=self._read, daemon=True).start()
 
     @property
     def exit_status(self) -> int | None:
         """Negative after a signal, None while the child lives."""
         return self._process.poll()
 
-    def answers(self, number: int, device: str, job: Job) -> Iterator[Any]:
-        """What the child says of this job, its result at the end unless it dies before."""
-        message = pickle.dumps((number, device, job), pickle.HIGHEST_PROTOCOL)
-        with suppress(EOFError, OSError):
-            self._connection.send_bytes(message)
+    @property
+    def in_flight(self) -> int:
+        return len(self._talks)
+
+    def answers(self, number: int, device: str, job: Job, item_timeout_s: float) -> Generator[Any]:
+        """What the child says of this job; a result comes last, or an end without one."""
+        message = pickle.dumps((device, job), pickle.HIGHEST_PROTOCOL)
+        talk = _Talk(
+            _Watchdog(self._give_up, item_timeout_s if self._ready else START_TIMEOUT_S), item_timeout_s
+        )
+        with talk.watchdog:
+            with self._changing:
+                self._talks[number] = talk
+                if self.lost:
+                    talk.answers.put(_End.LOST)
+            with suppress(OSError):  # it is being lost, and the answers will say so
+                self._connection.send(number)
+                self._connection.send_bytes(message)
+            yield from iter(talk.answers.get, None)
+
+    def _read(self) -> None:
+        try:
             while True:
-                answer = self._connection.recv()
-                yield answer
-                if isinstance(answer, JobResult):
-                    return
+                number, answer = self._connection.recv()
+                self._ready = True
+                with self._changing:
+                    for each in self._talks.values():
+                        each.watchdog.heard(each.item_timeout_s)
+                    if answer is Said.BEGUN:
+                        self._last_begun = number
+                    talk = self._talks.get(number)
+                    if isinstance(answer, JobResult):
+                        del self._talks[number]
+                if talk:
+                    talk.answers.put(answer)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._lose()
+
+    def _lose(self) -> None:
+        """It fell over the job that it began last, or if that has ended over the first that waits."""
+        with self._changing:
+            self.lost = True
+            guilty = self._last_begun if self._last_begun in self._talks else next(iter(self._talks), 0)
+            for number, talk in self._talks.items():
+                talk.answers.put(_End.LOST if number == guilty else _End.LOST_WITH_ANOTHER)
+
+    def _give_up(self, silent_s: float) -> None:
+        self.silent_s = silent_s
+        self.kill()
 
     def kill(self) -> None:
         """Its process group too, and the pipe, which a process stuck in a driver would keep open."""
@@ -309,17 +386,20 @@ class _Child:
             pipe.shutdown(socket.SHUT_RDWR)
 
     def end(self, grace_s: float = 0.0) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_s)
-        self.kill()
         assert self._process.stdin
-        self._process.stdin.close()
-        try:
-            self._process.wait(_END_TIMEOUT_S)
-            for folder in Path(tempfile.gettempdir()).glob(f"avatar-{self.pid}-*"):
-                shutil.rmtree(folder, ignore_errors=True)  # what it was working on
-        except subprocess.TimeoutExpired:
-            log.error("process %d was killed and does not end; its device may need a reset", self.pid)
+        with self._ending:
+            if self._process.stdin.closed:
+                return
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
+            self.kill()
+            self._process.stdin.close()
+            try:
+                self._process.wait(_END_TIMEOUT_S)
+                for folder in Path(tempfile.gettempdir()).glob(f"avatar-{self.pid}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)  # what it was working on
+            except subprocess.TimeoutExpired:
+                log.error("process %d was killed and does not end; its device may need a reset", self.pid)
 
 
 class _Watchdog:
@@ -328,10 +408,9 @@ class _Watchdog:
     Counted in steps, so that a parent that was itself suspended does not blame its child.
     """
 
-    def __init__(self, bark: Callable[[], None], timeout_s: float) -> None:
-        self.barked = False
+    def __init__(self, bark: Callable[[float], None], timeout_s: float) -> None:
         self._bark = bark
-        self.timeout_s = timeout_s
+        self._timeout_s = timeout_s
         self._quiet_s = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -345,15 +424,23 @@ class _Watchdog:
         self._thread.join()
 
     def heard(self, timeout_s: float) -> None:
-        self._quiet_s, self.timeout_s = 0.0, timeout_s
+        self._quiet_s, self._timeout_s = 0.0, timeout_s
 
     def _watch(self) -> None:
-        while not self._over.wait(step_s := min(1.0, self.timeout_s / 10)):
+        while not self._over.wait(step_s := min(1.0, self._timeout_s / 10)):
             self._quiet_s += step_s
-            if self._quiet_s >= self.timeout_s:
-                self.barked = True
-                self._bark()
+            if self._quiet_s >= self._timeout_s:
+                self._bark(self._timeout_s)
                 return
+
+
+@dataclass
+class _Talk:
+    """What a child is asked to do. Whatever it says shows that it lives, so all talks hear it."""
+
+    watchdog: _Watchdog
+    item_timeout_s: float
+    answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
 
 
 def _visible_device(gpu: int) -> str:

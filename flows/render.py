@@ -5,21 +5,20 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pyarrow.compute as pc
 from prefect import flow, get_client, runtime, tags
-from prefect.artifacts import create_link_artifact, create_progress_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import MissingContextError
 from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogWorker
@@ -28,51 +27,38 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from slugify import slugify
 
-from avatar_core.batch import Batch, open_batch, open_storage
+from avatar_core.batch import open_batch, open_storage
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
-from avatar_core.pipeline import Result, finish_batch, record_run
-from avatar_core.plan import StagePlan
-from avatar_core.progress import Observer, Silent
+from avatar_core.pipeline import Result, record_run
+from avatar_core.progress import Silent
 from avatar_core.runs import find_run
+from flows.alive import crash_lost_runs, mark_alive
 from flows.cli import stoppable
 from flows.compose import compose_config, quoted
-from flows.coordinate import NOUNS, Coordinator, RunSettings, counted, run_settings
-from flows.queues import JobResult, LocalQueues
-from tasks.shards import reuse, run_shard_on_queue
+from flows.coordinate import NOUNS, counted
+from flows.execution import Execution, Line, ShardRun
+from flows.queues import JobResult
+from tasks.shards import reuse, show_shard
 
 log = logging.getLogger(__name__)
 
 UPDATE_INTERVAL_S = 2.0
-SETTLE_S = 15.0  # for the last task runs to be told to the server
+SETTLE_S = 15.0  # without a word from the last task runs
 SEND_TIMEOUT_S = 10.0
 FAILURES_SHOWN = 500
 
-
-@dataclass
-class Handover:
-    """A batch that this process has opened already, and what became of it."""
-
-    batch: Batch
-    run_id: str
-    observer: Observer
-    cancelled: Callable[[], bool]
-    result: Result | None = None
-    undone: int = 0
-    """Items that the budget left over."""
-
-
-_handover: ContextVar[Handover | None] = ContextVar("handover", default=None)
+_handed_over: ContextVar[Execution | None] = ContextVar("handed_over", default=None)
 
 
 @contextmanager
-def handed_over(handover: Handover) -> Iterator[None]:
-    """`render_dataset` within takes this batch, whatever its parameters say."""
-    token = _handover.set(handover)
+def handed_over(execution: Execution) -> Iterator[None]:
+    """`render_dataset` within shows this work, whatever its parameters say."""
+    token = _handed_over.set(execution)
     try:
         yield
     finally:
-        _handover.reset(token)
+        _handed_over.reset(token)
 
 
 @flow(
@@ -89,11 +75,14 @@ def render_dataset(
     whose options count instead, but for the store. Prefect keeps parameters: credentials belong into the
     environment.
     """
-    stop = threading.Event()
+    mark_alive(runtime.flow_run.id, runtime.flow_run.run_count)
     with _stop_signals() as stopped:
         try:
-            handover = _handover.get() or _opened(_config(table, overrides or [], run), stopped)
-            return _render(handover, stop, lambda: stop.is_set() or stopped() or handover.cancelled())
+            if execution := _handed_over.get():
+                execution.stop_when(stopped)
+                return _show(execution)
+            with _opened(_config(table, overrides or [], run), stopped) as execution:
+                return _show(execution)
         except Cancelled as ending:
             return CancelledState(message=f"{ending}; what is finished is kept, a retry goes on from here")
 
@@ -118,49 +107,37 @@ def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
     return {"table": table, "overrides": [f"storage.root={quoted(root)}"], "run": run_id}
 
 
-def _opened(config: Config, cancelled: Callable[[], bool]) -> Handover:
+def _opened(config: Config, cancelled: Callable[[], bool]) -> Execution:
     observer = LogObserver()
     batch = open_batch(config, observer, cancelled)
-    return Handover(batch, record_run(batch), observer, cancelled)
+    return Execution(batch, record_run(batch), observer, cancelled)
 
 
-def _render(handover: Handover, stop: threading.Event, cancelled: Callable[[], bool]) -> State[Any]:
-    batch, observer = handover.batch, handover.observer
-    shown = _Shown()
-    _show_reused(batch.plan(), batch.backend.name, shown)
-    settings = run_settings(batch.config)
-    coordinator = Coordinator(batch, settings, observer)
-
-    def run() -> None:
-        with _queues(batch, settings) as queues:
-            coordinator.run(queues, _submitter(batch.backend.name, shown), cancelled)
-
-    with _forwarded_logs(coordinator), _Monitor(coordinator, handover, stop):
-        handover.result = finish_batch(batch, handover.run_id, run, observer)
-    handover.undone = coordinator.undone
+def _show(execution: Execution) -> State[Any]:
+    """Until the work has ended, and with what came of it."""
+    shown = _TaskRuns(execution.batch.backend.name)
+    shown.add_reused(execution.reused)
+    with _Monitor(execution):
+        for news in execution.news():
+            if isinstance(news, ShardRun):
+                shown.add(news)
+            else:
+                _log_to_run([news])
+        result = execution.result()
     shown.settle()
     with _not_vital():
-        _show_result(batch.name, handover.result)
-    return _final_state(handover)
+        _show_result(execution.batch.name, result)
+    return _final_state(result, execution.coordinator.undone)
 
 
-def _final_state(handover: Handover) -> State[Any]:
-    assert handover.result
-    metadata, limit = handover.result.metadata, handover.batch.config.max_failed_fraction
-    failed, total = int(metadata["failed_stage"].notna().sum()), len(metadata)
-    finished = int((metadata["status"] == "ok").sum())
-    if failed > limit * total:
+def _final_state(result: Result, undone: int) -> State[Any]:
+    failed, total = len(result.failures), len(result.clips)
+    finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
+    if not result.ok:
+        limit = result.max_failed_fraction
         return Failed(message=f"{failed} of {total} clips failed; max_failed_fraction={limit:g} allows fewer")
-    left = f"; the budget left {handover.undone} items undone" if handover.undone else ""
-    return Completed(message=f"{finished} of {total} clips in {handover.result.dataset}{left}")
-
-
-def _queues(batch: Batch, settings: RunSettings) -> LocalQueues:
-    """No more queues than could be busy at once, none where nothing is to do."""
-    to_do = {stage: len(stage_plan.to_do) for stage, stage_plan in batch.plan().items()}
-    on_gpu = any(count and batch.stages[stage].queue == "gpu" for stage, count in to_do.items())
-    cpus = min(settings.cpus, max(to_do.values(), default=0))
-    return LocalQueues(settings.gpus if on_gpu else (), settings.pretend, cpus)
+    left = f"; the budget left {undone} items undone" if undone else ""
+    return Completed(message=f"{finished} of {total} clips in {result.dataset}{left}")
 
 
 @contextmanager
@@ -185,28 +162,55 @@ def send_what_is_left() -> None:
 class LogObserver(Silent):
     """Where no terminal looks on, the log tells what the tables do not; failures are logged in any case."""
 
+    def __init__(self) -> None:
+        self._logger = get_run_logger()
+
     def warning(self, message: str) -> None:
-        get_run_logger().warning(message)
+        self._logger.warning("%s", message)
 
 
-def _submitter(backend: str, shown: "_Shown") -> Callable[[str, str, str, Callable[[], JobResult]], None]:
-    def submit(stage: str, queue: str, label: str, call: Callable[[], JobResult]) -> None:
-        called = threading.Event()
+def _log_to_run(lines: Iterable[Line]) -> None:
+    logger = get_run_logger()
+    for line in lines:
+        logger.log(line.level, "%s", line.text)
 
-        def in_task() -> State[Any]:
-            called.set()
-            return _shard_state(call())
 
-        def ended(future: Any) -> None:
-            if not called.is_set():  # the server is away: the work goes on without being shown
-                call()
+class _TaskRuns:
+    """Those still on their way to the server when the flow returns would be cancelled: `settle` first."""
 
-        with tags(stage, queue, backend):
-            future = run_shard_on_queue.submit(label, in_task)
-        shown.add(future)
-        future.add_done_callback(ended)
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._open: set[PrefectFuture[Any]] = set()
+        self._unread: set[ShardRun] = set()
 
-    return submit
+    def add_reused(self, reused: Mapping[str, int]) -> None:
+        for stage, count in reused.items():
+            if count:
+                label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), count)}"
+                with tags(stage, self._backend):
+                    self._keep(reuse.submit(label, counted("item", count)))
+
+    def add(self, shard: ShardRun) -> None:
+        def until_it_ends() -> State[Any]:
+            self._unread.discard(shard)
+            _log_to_run(shard.lines())
+            return _shard_state(shard.result())
+
+        self._unread.add(shard)
+        with tags(shard.stage, shard.queue, self._backend):
+            self._keep(show_shard.submit(shard.label, until_it_ends))
+
+    def settle(self) -> None:
+        before = 0
+        while self._open and len(self._open) != before:
+            before = len(self._open)
+            wait(list(self._open), timeout=SETTLE_S)
+        for shard in list(self._unread):  # the server was away
+            _log_to_run(shard.lines())
+
+    def _keep(self, future: PrefectFuture[Any]) -> None:
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
 
 
 def _shard_state(result: JobResult) -> State[Any]:
@@ -218,28 +222,6 @@ def _shard_state(result: JobResult) -> State[Any]:
     if failed:
         return Failed(message=f"{len(failed)} of {len(result.rows)} items failed: {failed[0]['error']}")
     return Completed(message=counted("item", len(result.rows)))
-
-
-class _Shown:
-    """Task runs on their way to the server; those still open when the flow returns would be cancelled."""
-
-    def __init__(self) -> None:
-        self._open: set[PrefectFuture[Any]] = set()
-
-    def add(self, future: PrefectFuture[Any]) -> None:
-        self._open.add(future)
-        future.add_done_callback(self._open.discard)
-
-    def settle(self) -> None:
-        wait(list(self._open), timeout=SETTLE_S)
-
-
-def _show_reused(plan: Mapping[str, StagePlan], backend: str, shown: _Shown) -> None:
-    for stage, stage_plan in plan.items():
-        if stage_plan.cached:
-            label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), stage_plan.cached)}"
-            with tags(stage, backend):
-                shown.add(reuse.submit(label, counted("item", stage_plan.cached)))
 
 
 @contextmanager
@@ -254,13 +236,15 @@ def _not_vital() -> Iterator[None]:
 def _show_result(name: str, result: Result) -> None:
     failures = result.failures.head(FAILURES_SHOWN)
     if len(failures):
-        columns = ["name", "row", "failed_stage", "error_type", "error"]
-        table = json.loads(failures[columns].to_json(orient="records"))
+        columns = ["name", "row", "failed_stage", "error"]
+        shown = failures[columns].assign(row=failures["row"] + 1)  # as `avatar status` counts
+        table = json.loads(shown.to_json(orient="records"))
         create_table_artifact(
-            table, f"{_key(name)}-failures", f"{len(result.failures)} of {len(result.metadata)} clips failed"
+            table, f"{_key(name)}-failures", f"{len(result.failures)} of {len(result.clips)} clips failed"
         )
-    link = result.dataset if "://" in result.dataset else f"file://{result.dataset}"
-    create_link_artifact(link, f"dataset {name}", f"{_key(name)}-dataset", f"`{result.dataset}`")
+    finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
+    text = f"{finished} of {len(result.clips)} clips are in\n\n`{result.dataset}`\n"
+    create_markdown_artifact(text, f"{_key(name)}-dataset", f"dataset {name}")
 
 
 def _key(name: str) -> str:
@@ -271,13 +255,12 @@ def _key(name: str) -> str:
 class _Monitor:
     """Beside the run: gives it its name, shows its progress and hears of a cancellation.
 
-    In a thread of its own, so that a slow or absent server never keeps a queue waiting.
+    In a thread of its own, so that a slow or absent server keeps nothing else waiting.
     """
 
-    def __init__(self, coordinator: Coordinator, handover: Handover, stop: threading.Event) -> None:
-        self._coordinator = coordinator
-        self._name, self._run_id = handover.batch.name, handover.run_id
-        self._stop = stop
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+        self._name = execution.batch.name
         self._over = threading.Event()
         self._flow_run_id = UUID(runtime.flow_run.id)
         self._progress_id: Any = None
@@ -307,17 +290,18 @@ class _Monitor:
                 self._update(client)
 
     def _introduce(self, client: SyncPrefectClient) -> None:
-        client.update_flow_run(self._flow_run_id, name=self._run_id)
-        self._progress_id = create_progress_artifact(0.0, f"{_key(self._name)}-progress", "part of the time")
-        self._table_id = create_table_artifact(
-            self._table(), f"{_key(self._name)}-stages", "what each stage had, and what this run did"
+        crash_lost_runs()
+        client.update_flow_run(self._flow_run_id, name=self._execution.run_id)
+        self._progress_id = create_progress_artifact(
+            0.0, f"{_key(self._name)}-progress", "percent of the expected time"
         )
+        self._table_id = create_table_artifact(self._table(), f"{_key(self._name)}-stages", "items by stage")
 
     def _update(self, client: SyncPrefectClient) -> None:
         state = client.read_flow_run(self._flow_run_id).state
         if state and (state.is_cancelling() or state.is_cancelled()):
-            self._stop.set()
-        percent = round(100 * self._coordinator.progress, 1)
+            self._execution.stop()
+        percent = round(100 * self._execution.coordinator.progress, 1)
         client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
         client.update_artifact(self._table_id, ArtifactUpdate(data=json.dumps(self._table())))
 
@@ -331,45 +315,5 @@ class _Monitor:
                 "failed": tally.failed,
                 "seconds": round(tally.seconds, 1),
             }
-            for stage, tally in list(self._coordinator.tallies.items())
+            for stage, tally in list(self._execution.coordinator.tallies.items())
         ]
-
-
-@contextmanager
-def _forwarded_logs(coordinator: Coordinator) -> Iterator[None]:
-    """Our log goes to the run in Prefect, with the clip that a line is about."""
-    handler = _RunHandler(coordinator)
-    loggers = [logging.getLogger(name) for name in ("avatar_core", "flows")]
-    before = [(logger, logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.propagate = False  # Prefect's loggers pass it on
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger, level, propagate in before:
-            logger.setLevel(level)
-            logger.propagate = propagate
-            logger.removeHandler(handler)
-
-
-class _RunHandler(logging.Handler):
-    """Writes to the task run in whose thread a record is made, else to the flow run."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        super().__init__()
-        self._coordinator = coordinator
-        self._flow_logger = get_run_logger()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            logger = get_run_logger()
-        except MissingContextError:
-            logger = self._flow_logger
-        try:
-            key = getattr(record, "item_key", None)
-            name = key and self._coordinator.clip_name(key)
-            logger.log(record.levelno, "%s%s", f"{name}: " if name else "", self.format(record))
-        except Exception:
-            self.handleError(record)

@@ -1,4 +1,4 @@
-"""A task run per shard, and one for what a stage reuses. They only show: the work is done by the queues."""
+"""A task run per shard, and one for what a stage reuses. They show what goes on without them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from prefect.states import Completed
 
 
 @task(name="shard", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
-def run_shard_on_queue(label: str, call: Callable[[], State[Any]]) -> State[Any]:
-    return call()
+def show_shard(label: str, until_it_ends: Callable[[], State[Any]]) -> State[Any]:
+    return until_it_ends()
 
 
 @task(name="reused", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)

@@ -1,5 +1,6 @@
 """Children of the queues are real processes; faults are real signals."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -336,6 +337,29 @@ def test_a_child_killed_while_idle_costs_no_job(queue: LocalQueue, tmp_path: Pat
     assert ask(queue, tmp_path)["pid"] != killed
 
 
+def test_a_child_that_dies_takes_the_blame_for_one_shard_only(queue: LocalQueue, tmp_path: Path) -> None:
+    """The second is with the child already, since the first is at its last item."""
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, queue, toy_job(tmp_path, toy.nothing, toy.sleep_for_ever))
+        until(lambda: queue.in_flight == 1)
+        second = pool.submit(run, queue, toy_job(tmp_path, toy.nothing))
+        until(lambda: queue.in_flight == 2)
+        os.kill(pid_of(queue), signal.SIGKILL)
+        assert (first.result().died, first.result().last_item) == (True, "item-1")
+        assert second.result() == JobResult(cancelled=True, unfinished=("item-0",))
+    assert run(queue, toy_job(tmp_path, toy.nothing)).unfinished == ()
+
+
+def test_shards_that_follow_each_other_end_with_their_own_rows(queue: LocalQueue, tmp_path: Path) -> None:
+    """While one is committed, the next one is worked on."""
+    items = [toy.toy_item(f"item-{number:02d}", toy.nothing) for number in range(24)]
+    jobs = [dataclasses.replace(toy_job(tmp_path), items=tuple(items[n : n + 3])) for n in range(0, 24, 3)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda job: run(queue, job), jobs))
+    assert [[row["key"] for row in r.rows] for r in results] == [[i.key for i in job.items] for job in jobs]
+    assert sorted(attempts(tmp_path, "denoise")["key"]) == [item.key for item in items]
+
+
 def test_a_stopped_child_is_replaced_after_the_time_limit(queue: LocalQueue, tmp_path: Path) -> None:
     stopped = ask(queue, tmp_path)["pid"]
     job = toy_job(tmp_path, toy.nothing, toy.sleep_for_ever)
@@ -390,7 +414,7 @@ def test_cancel_commits_what_is_finished_and_takes_the_waiting_shard_along(
         until(lambda: queue._numbers == 2)
         queue.cancel()
         assert [row["key"] for row in first.result().rows] == ["item-0"]
-        assert second.result() == JobResult(cancelled=True, unfinished=("item-0",))
+        assert (second.result().cancelled, second.result().unfinished) == (True, ("item-0",))
     assert first.result().cancelled
     assert first.result().unfinished == ("item-1",)
     assert attempts(tmp_path, "denoise")["key"].tolist() == ["item-0"]

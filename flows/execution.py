@@ -1,0 +1,191 @@
+"""A batch at work, in threads of its own and from the first moment. No Prefect here.
+
+A flow engine takes seconds to start and its server answers when it likes: it shows the work, and the work
+never waits for it. So what there is to show waits in queues until the flow takes it.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
+from queue import SimpleQueue
+from types import TracebackType
+from typing import NamedTuple
+
+from avatar_core.batch import Batch
+from avatar_core.pipeline import Result, finish_batch
+from avatar_core.progress import Observer
+from flows.coordinate import Coordinator, RunSettings, run_settings
+from flows.queues import JobResult, LocalQueues
+
+
+class Line(NamedTuple):
+    """Of the log."""
+
+    level: int
+    text: str
+
+
+class ShardRun:
+    """A shard on its queue."""
+
+    def __init__(
+        self, stage: str, queue: str, label: str, call: Callable[[], JobResult], on_end: Callable[[], None]
+    ) -> None:
+        self.stage, self.queue, self.label = stage, queue, label
+        self._call, self._on_end = call, on_end
+        self._lines: SimpleQueue[Line | None] = SimpleQueue()
+        self._outcome: Future[JobResult] = Future()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name=self.label, daemon=True).start()
+
+    def tell(self, line: Line) -> None:
+        self._lines.put(line)
+
+    def lines(self) -> Iterator[Line]:
+        """What is logged about it, until it has ended. A second reader gets what the first one left."""
+        yield from iter(self._lines.get, None)
+        self._lines.put(None)
+
+    def result(self) -> JobResult:
+        return self._outcome.result()
+
+    def _run(self) -> None:
+        _shard_at_hand.set(self)
+        try:
+            self._outcome.set_result(self._call())
+        except BaseException as error:
+            self._outcome.set_exception(error)
+        finally:
+            self._lines.put(None)
+            self._on_end()
+
+
+_shard_at_hand: ContextVar[ShardRun] = ContextVar("shard_at_hand")
+
+
+class Execution:
+    """Renders a batch from when the context is entered; leaving it by an error stops the work."""
+
+    def __init__(
+        self, batch: Batch, run_id: str, observer: Observer, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.batch, self.run_id = batch, run_id
+        self.reused = {stage: plan.cached for stage, plan in batch.plan().items()}
+        """Items by stage that were there at the start."""
+        self._settings = run_settings(batch.config)
+        self.coordinator = Coordinator(batch, self._settings, observer)
+        self._observer = observer
+        self._stopped = threading.Event()
+        self._reasons_to_stop = [self._stopped.is_set, cancelled]
+        self._news: SimpleQueue[ShardRun | Line | None] = SimpleQueue()
+        self._outcome: Future[Result] = Future()
+        self._under_way = threading.Event()
+        self._queues: LocalQueues | None = None
+        self._thread = threading.Thread(target=self._run, name=run_id)
+
+    def __enter__(self) -> "Execution":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind:
+            self.stop()
+        if kind and not issubclass(kind, Exception) and self._queues:
+            self._queues.stop()  # Ctrl-C for the second time
+        self._thread.join()
+
+    def stop(self) -> None:
+        """At the next item."""
+        self._stopped.set()
+
+    def stop_when(self, reason: Callable[[], bool]) -> None:
+        self._reasons_to_stop.append(reason)
+
+    def news(self) -> Iterator[ShardRun | Line]:
+        """Shards as they are given to the queues, and what is logged beside them; for one reader."""
+        return iter(self._news.get, None)
+
+    def wait_until_under_way(self, timeout_s: float) -> None:
+        """Until a shard has ended."""
+        self._under_way.wait(timeout_s)
+
+    @property
+    def ended(self) -> bool:
+        return self._outcome.done()
+
+    def result(self) -> Result:
+        """Waits for the end; raises what the work ended with."""
+        return self._outcome.result()
+
+    def _run(self) -> None:
+        try:
+            with self._logs_heard():
+                result = finish_batch(self.batch, self.run_id, self._compute, self._observer)
+            self._outcome.set_result(result)
+        except BaseException as error:
+            self._outcome.set_exception(error)
+        finally:
+            self._under_way.set()
+            self._news.put(None)
+
+    def _compute(self) -> None:
+        with _queues(self.batch, self._settings) as self._queues:
+            self.coordinator.run(self._queues, self._submit, self._should_stop)
+
+    def _should_stop(self) -> bool:
+        return any(reason() for reason in self._reasons_to_stop)
+
+    def _submit(self, stage: str, queue: str, label: str, call: Callable[[], JobResult]) -> None:
+        shard = ShardRun(stage, queue, label, call, self._under_way.set)
+        shard.start()
+        self._news.put(shard)
+
+    @contextmanager
+    def _logs_heard(self) -> Iterator[None]:
+        handler = _Handler(self.coordinator, self._news.put)
+        loggers = [logging.getLogger(name) for name in ("avatar_core", "flows")]
+        before = [(logger, logger.level, logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.propagate = False  # whoever reads the lines passes them on
+            logger.setLevel(logging.INFO)
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger, level, propagate in before:
+                logger.setLevel(level)
+                logger.propagate = propagate
+                logger.removeHandler(handler)
+
+
+def _queues(batch: Batch, settings: RunSettings) -> LocalQueues:
+    """No more queues than could be busy at once, none where nothing is to do."""
+    to_do = {stage: len(stage_plan.to_do) for stage, stage_plan in batch.plan().items()}
+    on_gpu = any(count and batch.stages[stage].queue == "gpu" for stage, count in to_do.items())
+    cpus = min(settings.cpus, max(to_do.values(), default=0))
+    return LocalQueues(settings.gpus if on_gpu else (), settings.pretend, cpus)
+
+
+class _Handler(logging.Handler):
+    """Gives a record to the shard in whose thread it is made, with the clip that it is about."""
+
+    def __init__(self, coordinator: Coordinator, tell: Callable[[Line], None]) -> None:
+        super().__init__()
+        self._coordinator = coordinator
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            key = getattr(record, "item_key", None)
+            name = key and self._coordinator.clip_name(key)
+            line = Line(record.levelno, f"{name}: {self.format(record)}" if name else self.format(record))
+            shard = _shard_at_hand.get(None)
+            shard.tell(line) if shard else self._tell(line)
+        except Exception:
+            self.handleError(record)

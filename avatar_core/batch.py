@@ -3,65 +3,33 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from avatar_core.backends.base import Backend, create_backend
 from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
 from avatar_core.media.source import stat_source
-from avatar_core.media.table import TableRow, TableRows, parse_rows, read_table, resolve_uri
+from avatar_core.media.table import TableRows, parse_rows, read_table, resolve_uri
 from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.ingest import IngestStage, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages
-from avatar_core.store.catalog import Catalog, drop, load_catalog
+from avatar_core.store.catalog import OK, drop, load_catalog
 from avatar_core.store.keys import config_values, digest, item_key, new_id
+from avatar_core.store.results import StageResults
+from avatar_core.store.sharing import share_work
 from avatar_core.store.storage import Storage
+from avatar_core.store.tables import stretches
 
 INGEST_SECONDS = 0.05
 """Guess per file: only sizes shards."""
-
-
-@dataclass
-class StageResults:
-    """Manifest rows of one stage: what the store held at the start and what this run added."""
-
-    catalog: Catalog
-    fresh: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def has(self, key: str) -> bool:
-        row = self.fresh.get(key)
-        return row["status"] == "ok" if row is not None else key in self.catalog
-
-    def ok(self, key: str) -> Mapping[str, Any] | None:
-        row = self.fresh.get(key)
-        if row is not None:
-            return row if row["status"] == "ok" else None
-        return self.catalog.get(key)
-
-    def failure(self, key: str) -> Mapping[str, Any] | None:
-        row = self.fresh.get(key)
-        if row is not None:
-            return row if row["status"] == "failed" else None
-        return self.catalog.failure(key)
-
-    def columns(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns of the `ok` rows of these keys, in their order."""
-        stored = self.catalog.select(list({key: None for key in keys if key not in self.fresh}))
-        table = {name: stored[name].to_pylist() for name in ("key", *names) if name in stored.column_names}
-        at = {key: position for position, key in enumerate(table["key"])}
-        return {
-            name: [self.fresh[key][name] if key in self.fresh else table[name][at[key]] for key in keys]
-            for name in names
-        }
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.fresh[row["key"]] = row
 
 
 @dataclass
@@ -86,6 +54,7 @@ def open_batch(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Batch:
     """Read the table and ingest its pictures and recordings; all keys follow from that."""
+    pa.set_memory_pool(pa.system_memory_pool())  # the others keep what they were given back
     config = located(config if isinstance(config, Config) else parse(Config, config))
     observer = observer or Silent()
     backend = create_backend(config.backend).resolve()
@@ -166,18 +135,19 @@ def select(rows: TableRows, names: list[str], config: Config) -> tuple[TableRows
         return rows, names
     chosen: Sequence[int] = range(len(rows))
     if config.only:
-        known = set(names) | {row.name for row in rows if row.name}
+        given = rows.column("name")
+        known = {*names, *filter(None, given)}
         for wanted in config.only:
             if wanted not in known:
                 raise ConfigError(f"no row is called `{wanted}`{nearest(wanted, sorted(known))}")
-        chosen = [i for i in chosen if names[i] in config.only or rows[i].name in config.only]
+        chosen = [i for i in chosen if names[i] in config.only or given[i] in config.only]
     chosen = chosen[: config.limit]
-    return TableRows(rows[i] for i in chosen), [names[i] for i in chosen]
+    return rows.chosen(chosen), [names[i] for i in chosen]
 
 
 def ingest(
     storage: Storage,
-    rows: Iterable[TableRow],
+    rows: TableRows,
     config: Config,
     results: StageResults,
     observer: Observer,
@@ -185,10 +155,10 @@ def ingest(
 ) -> dict[str, Source]:
     """Every picture and recording of the rows, by `<column>:<uri>`, taken into the store once."""
     kinds: dict[str, tuple[Literal["image", "audio"], str]] = {}
-    for row in rows:
-        if not row.error:
-            kinds[f"image:{row.image}"] = ("image", row.image)
-            kinds |= {f"audio:{uri}": ("audio", uri) for uri in (row.audio, row.audio_2) if uri}
+    for image, audio, audio_2, error in rows.columns("image", "audio", "audio_2", "error"):
+        if not error:
+            kinds[f"image:{image}"] = ("image", image)
+            kinds |= {f"audio:{uri}": ("audio", uri) for uri in (audio, audio_2) if uri}
     sources: dict[str, Source] = {}
     specs: dict[str, ItemSpec] = {}
     for name, (kind, uri) in kinds.items():
@@ -201,8 +171,12 @@ def ingest(
     observer.stage_started("ingest", items=len(kinds), cached=len(specs) - len(missing), to_do=len(missing))
     stage = IngestStage()
     record = recorder(stage.name, results, observer)
-    for shard in shards(list(missing.values()), INGEST_SECONDS, config.runtime.shard_seconds):
+    pieces = shards(list(missing.values()), INGEST_SECONDS, config.runtime.shard_seconds)
+
+    def run(shard: Sequence[ItemSpec]) -> None:
         run_shard(storage, stage, shard, {}, cancelled=cancelled, on_row=record)
+
+    share_work(storage, results.catalog, pieces, run, on_row=record, cancelled=cancelled)
     return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
 
 
@@ -237,16 +211,16 @@ def _source(key: str, results: StageResults) -> Source:
 def _drop_lost_videos(batch: Batch) -> None:
     """A finished video that is gone, or has another size, is rendered again."""
     results = batch.results["decode"]
-    keys = dict.fromkeys(batch.clips.hex_keys("decode"))
-    finished = [key for key in keys if key is not None and results.has(key)]
-    if not finished:
+    keys = batch.clips.stages["decode"].keys
+    finished = keys[results.states(keys) == OK]
+    if not len(finished):
         return
     kept = batch.storage.list("stages/decode/data")
-    rows = results.columns(finished, ["data", "bytes"])
-    lost = [
-        key
-        for key, path, size in zip(finished, *rows.values(), strict=True)
-        if path not in kept or kept[path].size != size
-    ]
+    lost = []
+    for start, stop in stretches(len(finished)):
+        rows = results.columns(finished[start:stop], ["key", "data", "bytes"])
+        for key, path, size in zip(*rows.values(), strict=True):
+            if path not in kept or kept[path].size != size:
+                lost.append(f"decode:{key}")
     if lost:
-        forget(batch, [f"decode:{key}" for key in lost])
+        forget(batch, lost)

@@ -10,7 +10,7 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -25,7 +25,7 @@ from avatar_core.backends.base import Backend
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
 from avatar_core.media.speakers import combined_duration_s
-from avatar_core.media.table import TableRow
+from avatar_core.media.table import TableRow, TableRows
 from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
 from avatar_core.stages.audio import AudioStageConfig, Segment
 from avatar_core.stages.base import Asset, ItemSpec, Stage
@@ -33,6 +33,7 @@ from avatar_core.stages.decode import DecodeStageConfig
 from avatar_core.stages.denoise import DenoiseStageConfig
 from avatar_core.stages.face import FaceStageConfig
 from avatar_core.stages.reference import ReferenceStageConfig
+from avatar_core.store.key_index import KEY
 from avatar_core.store.keys import (
     canonical_json,
     config_values,
@@ -48,7 +49,6 @@ STAGES = ("face", "audio", "reference", "denoise", "decode")
 """Stages after ingest, in the order in which they run."""
 
 _NUMBER = re.compile(r"(-take\d+)?(-part\d+)?$")
-_KEY = np.dtype("S32")
 _NO_KEY = bytes(32)
 
 
@@ -74,38 +74,54 @@ class Clip:
     error: str | None = None
 
 
-class Clips(Sequence[Clip]):
-    """All clips of a batch, in columns of some 200 bytes a clip; a `Clip` is built when it is asked for."""
+@dataclass(frozen=True)
+class StageItems:
+    """The items of one stage that the clips need: `keys` (binary, sorted), `work` and the `first` clip of
+    each, shape (items,); `of_clip` is the item of each clip, shape (clips,), -1 where the row is rejected."""
 
-    def __init__(self, builder: "ClipBuilder", rows: Sequence[TableRow], names: Sequence[str]) -> None:
+    keys: NDArray[np.bytes_]
+    work: NDArray[np.float64]
+    first: NDArray[np.intc]
+    of_clip: NDArray[np.intc]
+
+
+class Clips(Sequence[Clip]):
+    """All clips of a batch, in columns of some 150 bytes a clip; a `Clip` is built when it is asked for."""
+
+    def __init__(
+        self, builder: "ClipBuilder", rows: TableRows, names: Sequence[str] | NDArray[np.str_]
+    ) -> None:
         """`names` holds the clip name of each row."""
         self._builder = builder
         self._recent: tuple[int, list[Clip]] = -1, []
         self.rows = rows
-        self.names = names
-        self.position = array("l")  # of each clip's row in `rows`
-        self.take = array("l")
-        self.part = array("l")
+        self.names: NDArray[np.str_] = np.asarray(names, np.dtypes.StringDType())
+        self.position = array("i")  # of each clip's row in `rows`
+        self.take = array("i")
+        self.part = array("i")
         self.seed = array("Q")
         self.rejected: dict[int, str] = {}  # reasons by clip
-        self._nth = array("l")  # among the clips of its row
+        self._nth = array("i")  # among the clips of its row
         self._split = bytearray()  # whether the row has several parts
-        keys: dict[str, bytearray] = {stage: bytearray() for stage in STAGES}
+        keys = {stage: bytearray() for stage in STAGES}
+        work = {stage: array("d") for stage in STAGES}
         for position, row in enumerate(rows):
-            clips = builder.clips(row, names[position])
+            clips = builder.clips(row, self.names[position])
             parts = max(clip.part for clip in clips)
             for nth, clip in enumerate(clips):
                 if clip.error is not None:
                     self.rejected[len(self)] = clip.error
                 for stage in STAGES:
-                    keys[stage] += bytes.fromhex(clip.items[stage].key) if clip.items else _NO_KEY
+                    item = clip.items.get(stage)
+                    keys[stage] += bytes.fromhex(item.key) if item else _NO_KEY
+                    work[stage].append(item.work if item else 0.0)
                 self.position.append(position)
                 self.take.append(clip.take)
                 self.part.append(clip.part)
                 self.seed.append(clip.seed or 0)
                 self._nth.append(nth)
                 self._split.append(parts > 0)
-        self._keys = {stage: np.frombuffer(column, _KEY) for stage, column in keys.items()}
+        self.stages = {stage: _stage_items(keys.pop(stage), work.pop(stage)) for stage in STAGES}
 
     def __len__(self) -> int:
         return len(self.position)
@@ -131,21 +147,38 @@ class Clips(Sequence[Clip]):
         return _numbered(self.names[self.position[index]], self.take[index], part)
 
     def keys(self, stage: str) -> NDArray[np.bytes_]:
-        """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected.
+        """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected."""
+        items = self.stages[stage]
+        return np.append(items.keys, np.zeros(1, KEY))[items.of_clip]
 
-        numpy hides trailing zero bytes when it gives out an element; `hex_keys` does not.
-        """
-        return self._keys[stage]
+    def hex_keys(self, stage: str, start: int = 0, stop: int | None = None) -> list[str | None]:
+        """The same as text for the clips from `start` to before `stop`, None where the row is rejected."""
+        items = self.stages[stage]
+        of_clip = items.of_clip[start:stop]
+        text = items.keys[of_clip[of_clip >= 0]].tobytes().hex()
+        keys = (text[at : at + 64] for at in range(0, len(text), 64))
+        return [next(keys) if known else None for known in (of_clip >= 0).tolist()]
 
-    def hex_keys(self, stage: str) -> list[str | None]:
-        """The same as text, None where the row is rejected."""
-        text = self._keys[stage].tobytes().hex()
-        keys = [text[at : at + 64] for at in range(0, len(text), 64)]
-        return [None if index in self.rejected else key for index, key in enumerate(keys)]
+    def row_column(self, name: str, start: int, stop: int) -> list[Any]:
+        """A field of their rows for the clips from `start` to before `stop`."""
+        positions = self.position[start:stop]
+        if not positions:
+            return []
+        values = self.rows.column(name, positions[0], positions[-1] + 1)
+        return [values[position - positions[0]] for position in positions]
 
     def assets(self) -> set[str]:
         """SHA-256 of every picture and recording that the batch stands on."""
         return {source.asset.sha256 for source in self._builder.sources.values() if source.asset}
+
+
+def _stage_items(keys: bytearray, work: "array[float]") -> StageItems:
+    found, first, of_clip = np.unique(np.frombuffer(keys, KEY), return_index=True, return_inverse=True)
+    absent = int(len(found) > 0 and found[0] == b"")
+    first = first[absent:]
+    return StageItems(
+        found[absent:], np.asarray(work)[first], first.astype(np.intc), (of_clip - absent).astype(np.intc)
+    )
 
 
 class ClipBuilder:
@@ -167,6 +200,8 @@ class ClipBuilder:
         self._face = lru_cache(RECENT)(self._face_item)
         self._audio = lru_cache(RECENT)(self._audio_item)
         self._reference = lru_cache(RECENT)(self._reference_item)
+        self._cut = lru_cache(RECENT)(self._cut_segments)
+        self._decode = lru_cache(RECENT)(self._decode_config)
         self._digest = lru_cache(RECENT)(lambda config: digest(config_values(config)))
         self._fingerprint = cache(self._weights_fingerprint)
 
@@ -203,7 +238,7 @@ class ClipBuilder:
         denoise = self._item(
             "denoise", denoise_config, {"audio": audio, "reference": reference}, seed=seed, work=audio.work
         )
-        decode_config = self._decode_config(recordings, segment, fps, settings.get("decode"))
+        decode_config = self._decode(recordings, segment, fps, params)
         assets = {**reference.assets, **audio.assets}
         inputs = {"reference": reference, "denoise": denoise}
         decode = self._item("decode", decode_config, inputs, assets, work=audio.work)
@@ -236,7 +271,7 @@ class ClipBuilder:
         return self._item("reference", config, {"face": face}, face.assets)
 
     def _decode_config(
-        self, recordings: tuple[str, ...], segment: Segment, fps: float, settings: Any
+        self, recordings: tuple[str, ...], segment: Segment, fps: float, params: str
     ) -> DecodeStageConfig:
         sample_rate, channels = _sound_format([self._source(uri, "audio") for uri in recordings])
         video = self.config.video
@@ -249,7 +284,7 @@ class ClipBuilder:
             num_frames=self.backend.num_frames(segment.duration_s, fps),
             crf=video.crf,
             x264_preset=video.x264_preset,
-            backend=settings,
+            backend=self._settings(params).get("decode"),
         )
 
     def _item(
@@ -283,12 +318,14 @@ class ClipBuilder:
             raise InputError(source.error)
         return source
 
-    def _segments(self, row: TableRow) -> list[Segment]:
+    def _segments(self, row: TableRow) -> tuple[Segment, ...]:
         self._source(row.image, "image")
-        durations = [self._source(uri, "audio").columns["duration_s"] for uri in _recordings(row)]
-        combine: Any = row.audio_type if row.audio_2 else None
         fps = row.fps or self.config.video.fps
-        return cut(combined_duration_s(durations, combine), combine, self.config, fps)
+        return self._cut(_recordings(row), row.audio_type if row.audio_2 else None, fps)
+
+    def _cut_segments(self, recordings: tuple[str, ...], combine: Any, fps: float) -> tuple[Segment, ...]:
+        durations = [self._source(uri, "audio").columns["duration_s"] for uri in recordings]
+        return tuple(cut(combined_duration_s(durations, combine), combine, self.config, fps))
 
     def _content(self, row: TableRow) -> str:
         return row_content(
@@ -357,7 +394,7 @@ def cut(duration_s: float, combine: Any, config: Config, fps: float) -> list[Seg
     return [Segment(stop - start, start, combine) for start, stop in pairwise(edges)]
 
 
-def clip_names(rows: Iterable[TableRow], *, numbered: bool = False) -> tuple[list[str], list[str]]:
+def clip_names(rows: TableRows, *, numbered: bool = False) -> tuple[list[str], list[str]]:
     """A file name for each row, unique whatever the case of its letters, and warnings about doubled ones.
 
     `numbered`: rows may have several takes or parts, whose names must be free too.
@@ -366,16 +403,14 @@ def clip_names(rows: Iterable[TableRow], *, numbered: bool = False) -> tuple[lis
     warnings: list[str] = []
     taken: set[str] = set()
     used: Counter[str] = Counter()  # numbers given to a name so far
-    for row in rows:
-        wanted = slug(row.name) if row.name else slug(f"{_stem(row.image)}-{_stem(row.audio)}")
+    for index, given, image, audio in rows.columns("index", "name", "image", "audio"):
+        wanted = slug(given) if given else slug(f"{_stem(image)}-{_stem(audio)}")
         name = wanted
         while not taken.isdisjoint(_claimed(name, numbered)):
             used[wanted.casefold()] += 1
             name = f"{_shortened(wanted, 8)}-{used[wanted.casefold()] + 1}"
-        if name != wanted and row.name:
-            warnings.append(
-                f"row {row.index + 1}: name `{wanted}` is already used; this clip is called `{name}`"
-            )
+        if name != wanted and given:
+            warnings.append(f"row {index + 1}: name `{wanted}` is already used; this clip is called `{name}`")
         taken |= _claimed(name, numbered)
         names.append(name)
     return names, warnings

@@ -89,13 +89,15 @@ class RuntimeConfig:
     """How this machine does the work; nothing here changes a result.
 
     `gpus` are numbers as `CUDA_VISIBLE_DEVICES` counts them; with `pretend` their queues run on the CPU.
-    `cpus` is the number of processes for the rest (None: one per usable core).
+    `cpus` is the number of processes for the rest (None: one per usable core). `memory` is the level at
+    which the models of a backend that has levels are loaded; where it runs out, the next lower one is tried.
     """
 
     __pydantic_config__ = _STRICT
     gpus: tuple[Annotated[int, Field(ge=0)], ...] | Literal["auto"] = "auto"
     pretend: bool = False
     cpus: Annotated[int, Field(ge=1)] | None = None
+    memory: str = "auto"
     item_timeout_s: Positive = 1800.0
     retries: Annotated[int, Field(ge=0)] = 2
     cache_dir: str | None = None

@@ -30,13 +30,15 @@ _USABLE = 0.91  # of the memory in a card's name is there at least
 @dataclass(frozen=True)
 class Level:
     """`device_gb`: memory of the device it is meant for. `offload`: blocks wait in main memory, and with
-    `prefetch` the next one moves in while one computes. `split_guidance`: the two halves of guidance run one
-    after the other. `keep_models`: models of other stages stay loaded beside."""
+    `prefetch` the next one moves in while one computes. `row_chunks`: blocks run on a part of their rows at a
+    time where they can. `split_guidance`: the two halves of guidance run one after the other. `keep_models`:
+    models of other stages stay loaded beside."""
 
     name: str
     device_gb: int
     offload: bool = False
     prefetch: bool = False
+    row_chunks: bool = False
     split_guidance: bool = False
     keep_models: bool = False
     compile: bool = False
@@ -46,8 +48,8 @@ LEVELS = (
     Level("h200", 140, keep_models=True, compile=True),
     Level("80gb", 80, compile=True),
     Level("48gb", 48, split_guidance=True, compile=True),
-    Level("24gb", 24, split_guidance=True, offload=True, prefetch=True),
-    Level("10gb", 10, split_guidance=True, offload=True),
+    Level("24gb", 24, split_guidance=True, offload=True, prefetch=True, row_chunks=True),
+    Level("10gb", 10, split_guidance=True, offload=True, row_chunks=True),
 )
 """From the most memory to the least."""
 
@@ -87,6 +89,10 @@ def place(model: nn.Module, level: Level, device: str, stacks: Sequence[str] = B
     return model
 
 
+_PAGE, _ALIGNMENT = 4096, 256  # bytes
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
 @dataclass
 class _Slot:
     """A place for one block's weights on the device. The events are of CUDA alone: `arrived`, weights may be
@@ -114,9 +120,9 @@ class BlockOffload:
         self._prefetch = prefetch
         self._stream = _cuda.Stream(device) if on_gpu and prefetch else None
         self._parameters = [list(block.parameters()) for block in blocks]
-        self._waiting = [_pack(parameters) for parameters in self._parameters]
+        memory, self._waiting = _pack(self._parameters)
         if on_gpu:
-            _pin(self, self._waiting)
+            self._pin(memory)
         size = max(memory.nbytes for memory in self._waiting)
         self._slots = [self._slot(size) for _ in range(2 if prefetch else 1)]
         self._running: _Slot | None = None
@@ -124,10 +130,26 @@ class BlockOffload:
             block.register_forward_pre_hook(partial(self._before, number))
             block.register_forward_hook(partial(self._after, number), always_call=True)
 
+    def _pin(self, memory: Tensor) -> None:
+        """Lets the device read it by itself, as long as this object lives.
+
+        In place: `pin_memory` would take a copy of the next power of two in size.
+        """
+        runtime = _cuda.cudart()
+        error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
+        if error:
+            raise ConfigError(
+                f"{memory.nbytes / GIB:.0f} GiB of main memory cannot be pinned (CUDA error {error}); free "
+                "main memory or take a memory level that does not offload"
+            )
+
+        weakref.finalize(self, _unpin, self._device, memory.data_ptr()).atexit = False
+
     def _slot(self, size: int) -> _Slot:
         memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         if self._stream is None:
             return _Slot(memory)
+        memory.record_stream(self._stream)  # a transfer may be under way when the memory is let go
         return _Slot(memory, arrived=_cuda.Event(), released=_cuda.Event())
 
     def _before(self, number: int, *_: Any) -> None:
@@ -166,13 +188,24 @@ class BlockOffload:
             parameter.data = view
 
 
-def _pack(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Bytes of all, in main memory; from then on the parameters are views of them."""
-    memory = torch.empty(sum(_aligned(each.nbytes) for each in parameters), dtype=torch.uint8)
-    for parameter, view in zip(parameters, _views(memory, parameters), strict=True):
-        view.copy_(parameter.data)
-        parameter.data = view
-    return memory
+def _unpin(device: torch.device, address: int) -> None:
+    _cuda.synchronize(device)  # a transfer may be under way
+    _cuda.cudart().cudaHostUnregister(address)
+
+
+def _pack(blocks: Sequence[Sequence[nn.Parameter]]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Main memory in whole pages, and the bytes of every block in it, which the parameters are views of from
+    then on."""
+    sizes = [sum(_aligned(each.nbytes) for each in parameters) for parameters in blocks]
+    num_bytes = -(-sum(sizes) // _PAGE) * _PAGE
+    memory = torch.empty(num_bytes + _PAGE, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % _PAGE :][:num_bytes]
+    packed = torch.split(memory[: sum(sizes)], sizes)
+    for parameters, part in zip(blocks, packed, strict=True):
+        for parameter, view in zip(parameters, _views(part, parameters), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
+    return memory, packed
 
 
 def _views(memory: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -185,21 +218,7 @@ def _views(memory: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // 256) * 256
-
-
-def _pin(owner: object, memories: Sequence[Tensor]) -> None:
-    """Lets the device read main memory by itself, until the owner is gone.
-
-    In place: `pin_memory` would take copies of the next power of two in size.
-    """
-    runtime = _cuda.cudart()
-    for memory in memories:
-        error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if error:
-            log.warning("main memory cannot be pinned (CUDA error %d): blocks move in more slowly", error)
-            return
-        weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def free_device_memory(device: str) -> None:

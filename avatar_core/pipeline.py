@@ -29,6 +29,7 @@ from avatar_core.runs import find_run, read_plan, write_run
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import Catalog, drop, load_catalog
+from avatar_core.store.sharing import share_work
 from avatar_core.store.storage import Storage
 
 MAX_PASSES = 3
@@ -217,23 +218,29 @@ def _run_stage(
 ) -> list[str]:
     """Run a stage's items and return the owners (`<stage>:<key>`) of inputs found damaged."""
     damaged: list[str] = []
-    seconds = measured_rate(batch.results[name].catalog, "seconds") or GUESSED_SECONDS[name]
-    ready = (spec for spec in items if _is_ready(batch, spec))
-    for shard in shards(ready, seconds, batch.config.runtime.shard_seconds):
+    results, on_row = batch.results[name], recorder(name, batch.results[name], observer)
+
+    def run(shard: Sequence[ItemSpec]) -> None:
         try:
             run_shard(
                 batch.storage,
                 batch.stages[name],
                 shard,
                 consumed_rows(batch, shard),
+                memory=batch.config.runtime.memory,
                 cancelled=cancelled,
                 on_progress=lambda key, done, total: observer.item_progress(name, key, done, total),
-                on_row=recorder(name, batch.results[name], observer),
+                on_row=on_row,
             )
         except StoreError as error:
             if not error.keys:
                 raise
-            damaged += error.keys
+            damaged.extend(error.keys)
+
+    seconds = measured_rate(results.catalog, "seconds") or GUESSED_SECONDS[name]
+    ready = (spec for spec in items if _is_ready(batch, spec))
+    pieces = shards(ready, seconds, batch.config.runtime.shard_seconds)
+    share_work(batch.storage, results.catalog, pieces, run, on_row=on_row, cancelled=cancelled)
     return damaged
 
 

@@ -6,7 +6,7 @@ results that were cleaned away cost nothing once the videos exist.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,28 +14,14 @@ from numpy.typing import NDArray
 from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import InputError
 from avatar_core.stages.base import ItemSpec
-
-
-class Results(Protocol):
-    """What is known of one stage's items: manifest rows by key."""
-
-    def has(self, key: str) -> bool:
-        """Whether `ok` would give a row."""
-        ...
-
-    def ok(self, key: str) -> Mapping[str, Any] | None: ...
-
-    def failure(self, key: str) -> Mapping[str, Any] | None: ...
-
-    def columns(self, keys: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns of the `ok` rows of these keys, in their order."""
-        ...
+from avatar_core.store.catalog import FAILED_FOR_GOOD, OK
+from avatar_core.store.results import StageResults
 
 
 class Items(Sequence[ItemSpec]):
     """Items of one stage, each built when it is asked for; `indices` are clips that need one each."""
 
-    def __init__(self, clips: Clips, stage: str, indices: NDArray[np.intp]) -> None:
+    def __init__(self, clips: Clips, stage: str, indices: NDArray[np.intc]) -> None:
         self._clips = clips
         self._stage = stage
         self._indices = indices
@@ -53,6 +39,18 @@ class Items(Sequence[ItemSpec]):
         if isinstance(index, slice):
             return Items(self._clips, self._stage, self._indices[index])
         return self._clips[int(self._indices[index])].items[self._stage]
+
+    @property
+    def work(self) -> NDArray[np.float64]:
+        items = self._clips.stages[self._stage]
+        return items.work[items.of_clip[self._indices]]
+
+    def places_in(self, producers: "Items") -> NDArray[np.intc]:
+        """Which of the `producers` each item consumes, -1 where that is not among them."""
+        items = self._clips.stages[producers._stage]
+        places = np.full(len(items.keys), -1, np.intc)
+        places[items.of_clip[producers._indices]] = np.arange(len(producers))
+        return places[items.of_clip[self._indices]]
 
 
 @dataclass(frozen=True)
@@ -73,54 +71,44 @@ class Failure:
 
 
 def make_plan(
-    clips: Clips, results: Mapping[str, Results], *, retry_failed: bool = False
+    clips: Clips, results: Mapping[str, StageResults], *, retry_failed: bool = False
 ) -> dict[str, StagePlan]:
     """What is left to do, by stage in running order."""
     accepted = np.ones(len(clips), bool)
     accepted[list(clips.rejected)] = False
     if not accepted.any():
         return {}
-    columns = {stage: _StageColumn(clips, stage, results[stage]) for stage in STAGES}
+    states = {stage: results[stage].states(clips.stages[stage].keys) for stage in STAGES}
     blocked = np.zeros(len(clips), bool)
     if not retry_failed:
-        for column in columns.values():
-            blocked |= column.failed
+        for stage, of_items in states.items():
+            blocked |= _of_clips(clips, stage, of_items == FAILED_FOR_GOOD)
     wanted = {stage: np.zeros(len(clips), bool) for stage in STAGES}
     wanted["decode"] = accepted & ~blocked
     inputs = {stage: spec.inputs for stage, spec in clips[int(accepted.argmax())].items.items()}
     plan: dict[str, StagePlan] = {}
     for stage in reversed(STAGES):
-        missing = wanted[stage] & ~columns[stage].ok
+        cached = states[stage] == OK
+        missing = wanted[stage] & ~_of_clips(clips, stage, cached)
         for upstream in inputs[stage]:
             wanted[upstream] |= missing
-        plan[stage] = columns[stage].plan(clips, stage, missing)
+        plan[stage] = StagePlan(len(cached), int(cached.sum()), _first_items(clips, stage, missing))
     return {stage: plan[stage] for stage in STAGES}
 
 
-class _StageColumn:
-    """What is known of each clip's item of one stage: `ok` and `failed` (for good), shape (clips,)."""
-
-    def __init__(self, clips: Clips, stage: str, results: Results) -> None:
-        _, first, self._item = np.unique(clips.keys(stage), return_index=True, return_inverse=True)
-        every = clips.hex_keys(stage)
-        keys = [every[index] for index in first.tolist()]
-        ok = np.array([key is not None and results.has(key) for key in keys], bool)
-        failed = np.array([key is not None and _failed_for_good(key, results) for key in keys], bool) & ~ok
-        self._first = first
-        self._items, self._cached = sum(key is not None for key in keys), int(ok.sum())
-        self.ok, self.failed = ok[self._item], failed[self._item]
-
-    def plan(self, clips: Clips, stage: str, missing: NDArray[np.bool_]) -> StagePlan:
-        items = np.unique(self._item[missing])
-        return StagePlan(self._items, self._cached, Items(clips, stage, np.sort(self._first[items])))
+def _of_clips(clips: Clips, stage: str, of_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What is true of an item, for each clip; false where the row is rejected."""
+    return np.append(of_items, False)[clips.stages[stage].of_clip]
 
 
-def _failed_for_good(key: str, results: Results) -> bool:
-    row = results.failure(key)
-    return row is not None and not row["retryable"]
+def _first_items(clips: Clips, stage: str, missing: NDArray[np.bool_]) -> Items:
+    items = clips.stages[stage]
+    return Items(clips, stage, np.sort(items.first[np.unique(items.of_clip[missing])]))
 
 
-def first_failure(clip: Clip, results: Mapping[str, Results], *, lasting: bool = False) -> Failure | None:
+def first_failure(
+    clip: Clip, results: Mapping[str, StageResults], *, lasting: bool = False
+) -> Failure | None:
     """Why a clip has no video: the first of its items that failed, None if none did.
 
     With `lasting` only failures count that will not pass by themselves.

@@ -2,8 +2,11 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from avatar_core.clips import STAGES, Clips
 from avatar_core.errors import StoreError
-from avatar_core.plan import Results, first_failure
+from avatar_core.media.table import TableRows
+from avatar_core.plan import first_failure
 from avatar_core.progress import Observer
+from avatar_core.store.catalog import OK
 from avatar_core.store.disk import FileInfo
+from avatar_core.store.results import StageResults
 from avatar_core.store.storage import Storage
+from avatar_core.store.tables import put_table, stretches
 
 SCHEMA = pa.schema(
     {
@@ -50,8 +58,7 @@ SCHEMA = pa.schema(
 
 _VIDEO_COLUMNS = ("renderer", "width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
 _TABLE = b"avatar_table"
-_SAME = ["name", "sha256", "error", "run_id"]
-_KEPT = ["file_name", *_SAME]
+_KEPT = ["file_name", "name", "sha256", "error", "run_id"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def publish(
     storage: Storage,
     name: str,
     clips: Clips,
-    results: Mapping[str, Results],
+    results: Mapping[str, StageResults],
     *,
     backend: str,
     complete: bool,
@@ -80,113 +87,195 @@ def publish(
     """
     folder = f"datasets/{name}"
     old = _read(storage, f"{folder}/metadata.parquet", _KEPT if complete else None)
-    videos = _Videos(clips, results["decode"])
-    fresh = _keep_run_ids(_metadata(clips, results, videos, backend, run_id), old)
     if old is not None:
         _warn_of_other_table(old, table, name, observer)
-    merged = fresh if complete or old is None else _merge(old, fresh)
-    metadata = merged.replace_schema_metadata({_TABLE: (table or "").encode()})
     there = storage.list(f"{folder}/videos")
-    _copy_videos(storage, folder, fresh, videos, old, there, observer)
-    failures = to_frame(metadata.filter(pc.equal(metadata["status"], "failed")))
-    _write(storage, f"{folder}/failures.csv", _csv(failures))
-    buffer = io.BytesIO()
-    pq.write_table(metadata, buffer)
-    _write(storage, f"{folder}/metadata.parquet", buffer.getvalue())
+    rows = _Rows(clips, results, backend, run_id, old)
+
+    def copied() -> Iterator[pa.Table]:
+        for stretch in stretches(len(clips)):
+            piece = rows.piece(*stretch)
+            _copy_videos(storage, folder, piece, there, observer)
+            yield piece.metadata
+
+    with tempfile.TemporaryDirectory(prefix="avatar-publish-") as scratch:
+        spool = Path(scratch) / "clips.arrow"
+        fresh = _spooled(spool, rows.schema, copied())
+        merged = None if complete or old is None else _merge(old, fresh)
+        metadata = fresh if merged is None else merged
+        failures = to_frame(metadata.filter(pc.equal(metadata["status"], "failed")))
+        _write(storage, f"{folder}/failures.csv", _csv(failures))
+        schema = metadata.schema.with_metadata({_TABLE: (table or "").encode()})
+        pieces = _pieces(spool) if merged is None else iter([merged])
+        put_table(storage, f"{folder}/metadata.parquet", schema, pieces)
     _delete_unlisted(storage, folder, old, metadata, there)
     return Published(f"{storage.uri}/{folder}", fresh)
 
 
-class _Videos:
-    """Manifest columns of the finished clips; `clips` are their indices, in the order of the columns."""
+@dataclass(frozen=True)
+class _Piece:
+    """`metadata` of a stretch of the clips; `videos` has columns of those that are finished, `known` their
+    SHA-256 in the dataset as it is."""
 
-    def __init__(self, clips: Clips, results: Results) -> None:
-        keys = clips.hex_keys("decode")
-        self.clips = [index for index, key in enumerate(keys) if key is not None and results.has(key)]
-        self.keys = [key for index in self.clips if (key := keys[index])]
-        self.columns = results.columns(self.keys, (*_VIDEO_COLUMNS, "data"))
-
-    def spread(self, values: Sequence[Any], length: int) -> list[Any]:
-        """A value for each clip, None where there is no video."""
-        column: list[Any] = [None] * length
-        for index, value in zip(self.clips, values, strict=True):
-            column[index] = value
-        return column
+    metadata: pa.Table
+    videos: Mapping[str, Sequence[Any]]
+    known: Sequence[str | None]
 
 
-def _metadata(
-    clips: Clips, results: Mapping[str, Results], videos: _Videos, backend: str, run_id: str
-) -> pa.Table:
-    """A row per clip under our schema, followed by the columns of the input."""
-    length = len(clips)
-    rows = [clips.rows[position] for position in clips.position]
-    names = [clips.name(index) for index in range(length)]
-    finished = videos.spread([True] * len(videos.clips), length)
-    failures = [None if finished[i] else first_failure(clips[i], results) for i in range(length)]
-    columns: dict[str, Any] = {
-        "file_name": [f"videos/{name}.mp4" if ok else None for name, ok in zip(names, finished, strict=True)],
-        "name": names,
-        "row": [row.index for row in rows],
-        "take": clips.take,
-        "part": clips.part,
-        "status": [
-            "ok" if ok else "failed" if failure else "to do"
-            for ok, failure in zip(finished, failures, strict=True)
-        ],
-        "failed_stage": [failure and failure.stage for failure in failures],
-        "error_type": [failure and failure.error_type for failure in failures],
-        "error": [failure and failure.error for failure in failures],
-        "prompt": [row.prompt for row in rows],
-        "negative_prompt": [row.negative_prompt for row in rows],
-        "seed": [None if i in clips.rejected else clips.seed[i] for i in range(length)],
-        "backend": [backend] * length,
-        "run_id": [run_id] * length,
-        **{name: videos.spread(videos.columns[name], length) for name in _VIDEO_COLUMNS},
-        **{f"{stage}_key": clips.hex_keys(stage) for stage in STAGES},
-    }
-    ours = {field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}
-    theirs = {
-        new: _input_column([row.source.get(name) for row in rows]) for name, new in _renamed(clips).items()
-    }
-    return pa.table(ours | theirs)
+class _Rows:
+    """The rows of this run, made piece by piece: all at once would take most of the memory of a large run."""
+
+    def __init__(
+        self,
+        clips: Clips,
+        results: Mapping[str, StageResults],
+        backend: str,
+        run_id: str,
+        old: pa.Table | None,
+    ) -> None:
+        self._clips = clips
+        self._results = results
+        self._backend = backend
+        self._run_id = run_id
+        kept = pa.schema([SCHEMA.field(name) for name in _KEPT])
+        self._old = kept.empty_table() if old is None else old.select(_KEPT).combine_chunks()
+        self._inputs = _input_fields(clips.rows)
+        self.schema = pa.schema([*SCHEMA, *self._inputs.values()])
+        decode = clips.stages["decode"]
+        self._finished = np.append(results["decode"].states(decode.keys) == OK, False)[decode.of_clip]
+
+    def piece(self, start: int, stop: int) -> _Piece:
+        finished = self._finished[start:stop]
+        decode = self._clips.stages["decode"]
+        keys = decode.keys[decode.of_clip[start:stop][finished]]
+        videos = self._results["decode"].columns(keys, ("key", *_VIDEO_COLUMNS, "data"))
+        ours = self._columns(start, stop, videos)
+        theirs = self._input_columns(start, stop)
+        metadata = pa.table(
+            [pa.array(ours[field.name], field.type) for field in SCHEMA] + theirs, self.schema
+        )
+        # of the same name in the dataset as it is, null where there is none
+        before = self._old.take(pc.index_in(metadata["name"], value_set=self._old["name"]))
+        known = before["sha256"].filter(pa.array(finished)).to_pylist()
+        index = self.schema.get_field_index("run_id")
+        return _Piece(metadata.set_column(index, "run_id", _run_ids(metadata, before)), videos, known)
+
+    def _columns(
+        self, start: int, stop: int, videos: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Sequence[Any]]:
+        """Under our schema."""
+        clips, indices = self._clips, range(start, stop)
+        finished = self._finished[start:stop]
+        names = [clips.name(i) for i in indices]
+        failures = [
+            None if ok else first_failure(clips[i], self._results)
+            for i, ok in zip(indices, finished, strict=True)
+        ]
+        return {
+            "file_name": [
+                f"videos/{name}.mp4" if ok else None for name, ok in zip(names, finished, strict=True)
+            ],
+            "name": names,
+            "row": clips.row_column("index", start, stop),
+            "take": clips.take[start:stop],
+            "part": clips.part[start:stop],
+            "status": [
+                "ok" if ok else "failed" if failure else "to do"
+                for ok, failure in zip(finished, failures, strict=True)
+            ],
+            "failed_stage": [failure and failure.stage for failure in failures],
+            "error_type": [failure and failure.error_type for failure in failures],
+            "error": [failure and failure.error for failure in failures],
+            "prompt": clips.row_column("prompt", start, stop),
+            "negative_prompt": clips.row_column("negative_prompt", start, stop),
+            "seed": [None if i in clips.rejected else clips.seed[i] for i in indices],
+            "backend": [self._backend] * len(names),
+            "run_id": [self._run_id] * len(names),
+            **{name: _spread(videos[name], finished) for name in _VIDEO_COLUMNS},
+            **{f"{stage}_key": clips.hex_keys(stage, start, stop) for stage in STAGES},
+        }
+
+    def _input_columns(self, start: int, stop: int) -> list[pa.Array]:
+        sources = self._clips.row_column("source", start, stop)
+        return [
+            _input_column([source.get(name) for source in sources], field.type)
+            for name, field in self._inputs.items()
+        ]
 
 
-def _renamed(clips: Clips) -> dict[str, str]:
-    """What each column of the input is called in the dataset."""
-    names = dict.fromkeys(name for row in clips.rows for name in row.source)
-    renamed = {}
-    for name in names:
-        new = name
-        while new in SCHEMA.names or (new != name and new in names):
-            new = f"input_{new}"
-        renamed[name] = new
-    return renamed
+def _spread(values: Sequence[Any], finished: NDArray[np.bool_]) -> list[Any]:
+    """A value for each clip, None where there is no video."""
+    remaining = iter(values)
+    return [next(remaining) if ok else None for ok in finished]
 
 
-def _keep_run_ids(fresh: pa.Table, old: pa.Table | None) -> pa.Table:
+def _input_fields(rows: TableRows) -> dict[str, pa.Field]:
+    """By column of the input: what it is called in the dataset, and its type."""
+    types: dict[str, set[pa.DataType]] = {}
+    for start, stop in stretches(len(rows)):
+        sources = rows.column("source", start, stop)
+        for name in dict.fromkeys(name for source in sources for name in source):
+            types.setdefault(name, set()).add(_input_type([source.get(name) for source in sources]))
+    fields = {}
+    for name, found in types.items():
+        if len(found - {pa.null()}) > 1:
+            found = {_input_type([source.get(name) for (source,) in rows.columns("source")])}
+        kind = max(found, key=lambda each: not pa.types.is_null(each))
+        fields[name] = pa.field(_renamed(name, types), pa.string() if pa.types.is_null(kind) else kind)
+    return fields
+
+
+def _renamed(name: str, names: Collection[str]) -> str:
+    new = name
+    while new in SCHEMA.names or (new != name and new in names):
+        new = f"input_{new}"
+    return new
+
+
+def _input_type(values: Sequence[Any]) -> pa.DataType:
+    """Null where all are absent; text for values of several kinds or with a structure."""
+    if any(isinstance(value, list | dict | tuple) for value in values):
+        return pa.string()
+    try:
+        return pa.array(_plain(values)).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.string()
+
+
+def _input_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    plain = _plain(values)
+    if pa.types.is_string(kind):
+        plain = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in plain]
+    return pa.array(plain, kind)
+
+
+def _plain(values: Sequence[Any]) -> list[Any]:
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _run_ids(metadata: pa.Table, before: pa.Table) -> pa.ChunkedArray:
     """A clip that is as an earlier run left it keeps that run's id, so that nothing changes needlessly."""
-    if old is None:
-        return fresh
-    before = {tuple(same): run_id for *same, run_id in _rows(old, _SAME)}
-    run_ids = [before.get(tuple(same), run_id) for *same, run_id in _rows(fresh, _SAME)]
-    index = fresh.column_names.index("run_id")
-    return fresh.set_column(index, "run_id", pa.array(run_ids, pa.string()))
+    same = pc.is_valid(before["name"])
+    for name in ("sha256", "error"):
+        now, then = metadata[name], before[name]
+        both_absent = pc.and_(pc.is_null(now), pc.is_null(then))
+        same = pc.and_(same, pc.or_(pc.fill_null(pc.equal(now, then), False), both_absent))
+    return pc.if_else(same, before["run_id"], metadata["run_id"])
 
 
-def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    return zip(*(table[name].to_pylist() for name in names), strict=True)
+def _spooled(path: Path, schema: pa.Schema, pieces: Iterable[pa.Table]) -> pa.Table:
+    """The pieces as one table that stays on disk until it is looked at, and the file may then be gone."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for piece in pieces:
+            writer.write_table(piece)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _input_column(values: Sequence[Any]) -> pa.Array:
-    plain = [value.item() if isinstance(value, np.generic) else value for value in values]
-    if not any(isinstance(value, list | dict | tuple) for value in plain):
-        try:
-            column = pa.array(plain)
-            return column.cast(pa.string()) if pa.types.is_null(column.type) else column
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            pass
-    texts = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in plain]
-    return pa.array(texts, pa.string())
+def _pieces(path: Path) -> Iterator[pa.Table]:
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            yield pa.Table.from_batches([reader.get_batch(number)])
 
 
 def _merge(old: pa.Table, fresh: pa.Table) -> pa.Table:
@@ -197,27 +286,22 @@ def _merge(old: pa.Table, fresh: pa.Table) -> pa.Table:
     columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in SCHEMA}
     for name in dict.fromkeys([*old.column_names, *fresh.column_names]):
         if name not in columns:
-            columns[name] = _input_column([row.get(name) for row in rows])
+            values = [row.get(name) for row in rows]
+            kind = _input_type(values)
+            columns[name] = _input_column(values, pa.string() if pa.types.is_null(kind) else kind)
     return pa.table(columns)
 
 
 def _copy_videos(
-    storage: Storage,
-    folder: str,
-    fresh: pa.Table,
-    videos: _Videos,
-    old: pa.Table | None,
-    there: Mapping[str, FileInfo],
-    observer: Observer,
+    storage: Storage, folder: str, piece: _Piece, there: Mapping[str, FileInfo], observer: Observer
 ) -> None:
-    known = dict(_rows(old, ["file_name", "sha256"])) if old is not None else {}
-    names = fresh["file_name"].to_pylist()
-    columns = (videos.columns[name] for name in ("data", "sha256", "bytes"))
-    for index, key, data, sha256, size in zip(videos.clips, videos.keys, *columns, strict=True):
-        path = f"{folder}/{names[index]}"
-        if path not in there or there[path].size != size or known.get(names[index]) != sha256:
+    names = piece.metadata["file_name"].drop_null().to_pylist()
+    columns = (piece.videos[name] for name in ("key", "data", "sha256", "bytes"))
+    for name, known, key, data, sha256, size in zip(names, piece.known, *columns, strict=True):
+        path = f"{folder}/{name}"
+        if path not in there or there[path].size != size or known != sha256:
             _copy(storage, data, sha256, path, key)
-        observer.clip_published(names[index], f"{storage.uri}/{path}")
+        observer.clip_published(name, f"{storage.uri}/{path}")
 
 
 def _copy(storage: Storage, data: str, sha256: str, path: str, key: str) -> None:
@@ -246,7 +330,8 @@ def _delete_unlisted(
 ) -> None:
     """Videos that an earlier run published under a name that no row has any more."""
     if old is not None:
-        gone = set(old["file_name"].to_pylist()) - set(metadata["file_name"].to_pylist()) - {None}
+        listed = pc.is_in(old["file_name"], value_set=metadata["file_name"])
+        gone = old["file_name"].filter(pc.invert(listed)).drop_null().to_pylist()
         storage.delete([path for name in sorted(gone) if (path := f"{folder}/{name}") in there])
 
 
@@ -281,7 +366,7 @@ def _read(storage: Storage, path: str, columns: list[str] | None) -> pa.Table | 
 
 
 def _write(storage: Storage, path: str, data: bytes) -> None:
-    if not storage.exists(path) or storage.read_bytes(path) != data:
+    if not storage.holds(path, data, math.inf):
         storage.write_bytes(path, data)
 
 

@@ -1,6 +1,7 @@
 """Runs one shard: reads its inputs, loops over its items, commits what they gave."""
 
 import errno
+import gc
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import cv2
 import threadpoolctl
 
-from avatar_core.errors import AvatarError, Cancelled, StoreError, WeightsError
+from avatar_core.errors import AvatarError, Cancelled, ConfigError, StoreError, WeightsError
 from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.manifest import write_data, write_manifest
 from avatar_core.store.storage import Storage
@@ -30,6 +31,11 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 _models: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _MODELS_KEPT = 4
+AUTO = "auto"
+
+
+def at_once(commit: Callable[[], None]) -> None:
+    commit()
 
 
 def run_shard(
@@ -39,16 +45,19 @@ def run_shard(
     inputs: Rows,
     *,
     device: str = "cpu",
+    memory: str = AUTO,
     cancelled: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, int, int], None] = lambda key, done, total: None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-    on_commit: Callable[[], None] = lambda: None,
+    commit_with: Callable[[Callable[[], None]], None] = at_once,
 ) -> list[dict[str, Any]]:
     """Process the items, commit their results in one manifest and return its rows.
 
-    An item's own error becomes its row. `StoreError` (with the keys to compute again) and `WeightsError`
-    leave the loop. On any way out what is done is committed first; `on_commit` tells that it was. A row
-    that `on_row` gets learns at the commit where its tensors lie.
+    An item's own error becomes its row; one that runs out of memory is tried once more before. Where the
+    stage has memory levels, `memory` is the first, and the next lower one is that of the second try and all
+    that follows. `StoreError` (with the keys to compute again) and `WeightsError` leave the loop. On any way
+    out `commit_with` is given the commit of what is done, which it may make later and in another thread. A
+    row that `on_row` gets learns then where its tensors lie.
     """
 
     def report(key: str, done: int, total: int) -> None:
@@ -58,42 +67,102 @@ def run_shard(
 
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
+    ladder = _Ladder(stage, device, memory)
     with _scratch() as scratch, one_thread():
         try:
             for spec in items:
                 report(spec.key, 0, 1)
                 item = _resolve(storage, spec, inputs)
-                models = _load(stage, spec.config, device)
-                start = time.perf_counter()
-                row = {"key": spec.key, "work": spec.work, "device": device}
-                output = _process(stage, spec, item, models, scratch, partial(report, spec.key))
+                start, loading_s = time.perf_counter(), ladder.loading_s
+                output = _process(stage, spec, item, ladder, scratch, partial(report, spec.key))
+                row = {"key": spec.key, "work": spec.work, "device": device, "memory": ladder.level}
                 if isinstance(output, Output):
                     row |= {"status": "ok"} | _written(storage, stage, output)
                     if output.tensors:
                         tensors[spec.key] = output.tensors
                 else:
                     row |= output
-                rows.append(row | {"seconds": time.perf_counter() - start})
+                seconds = time.perf_counter() - start - (ladder.loading_s - loading_s)
+                rows.append(row | {"seconds": seconds})
                 on_row(rows[-1])
                 _clear(scratch)
         finally:
             if rows:
-                _commit(storage, stage, rows, tensors)
-                on_commit()
+                commit_with(partial(_commit, storage, stage, rows, tensors))
             storage.release()
     return rows
 
 
+class _Ladder:
+    """A stage's memory levels, most memory first, down which a shard goes; `level` is None without any."""
+
+    def __init__(self, stage: Stage, device: str, memory: str) -> None:
+        levels = stage.memory_levels(device)
+        if levels and memory != AUTO and memory not in levels:
+            raise ConfigError(
+                f"{stage.name} has no memory level `{memory}` on {device}; "
+                f"choose {AUTO} or one of: {', '.join(levels)}"
+            )
+        self._levels = levels[levels.index(memory) :] if memory in levels else levels
+        self._stage, self._device = stage, device
+        self.loading_s = 0.0
+
+    @property
+    def level(self) -> str | None:
+        return self._levels[0] if self._levels else None
+
+    def models(self, config: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return _load(self._stage, config, self._device, self.level)
+        finally:
+            self.loading_s += time.perf_counter() - start
+
+    def descend(self) -> None:
+        """Lets go of all models, so that there is room again even on the lowest level."""
+        _drop_models()
+        self._levels = self._levels[1:] or self._levels
+
+
 def _process(
-    stage: Stage, spec: ItemSpec, item: Item, models: Any, scratch: Path, report: Report
+    stage: Stage, spec: ItemSpec, item: Item, ladder: _Ladder, scratch: Path, report: Report
 ) -> Output | dict[str, Any]:
     """What the item gave, or the manifest columns of its failure."""
+    try:
+        return _attempt(stage, spec, item, ladder, scratch, report)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        log.warning("%s ran out of memory (level: %s): once more", stage.name, ladder.level or "the only one")
+    # Not within `except`: the error holds what filled the memory.
+    ladder.descend()
+    _clear(scratch)
+    try:
+        return _attempt(stage, spec, item, ladder, scratch, report)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(error, stage, spec)
+
+
+def _attempt(
+    stage: Stage, spec: ItemSpec, item: Item, ladder: _Ladder, scratch: Path, report: Report
+) -> Output | dict[str, Any]:
+    models = ladder.models(spec.config)
     try:
         return stage.process(item, spec.config, models, scratch, report)
     except (Cancelled, StoreError, WeightsError):
         raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            raise
         return _failed(error, stage, spec)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's error or torch's, known by its name since torch may not be there."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint({"MemoryError", "OutOfMemoryError"})
 
 
 def _resolve(storage: Storage, spec: ItemSpec, inputs: Rows) -> Item:
@@ -105,7 +174,7 @@ def _resolve(storage: Storage, spec: ItemSpec, inputs: Rows) -> Item:
         paths[column] = [
             _verified(storage, asset.path, asset.sha256, f"ingest:{asset.key}") for asset in assets
         ]
-    return Item(spec.key, outputs, paths, spec.source)
+    return Item(spec.key, outputs, paths, spec.source, storage.unfinished_file(spec.key))
 
 
 def _open(storage: Storage, stage: str, key: str, row: Mapping[str, Any]) -> Output:
@@ -122,15 +191,35 @@ def _verified(storage: Storage, path: str, sha256: str, owner: str) -> Path:
         raise StoreError(str(error), keys=[owner]) from error
 
 
-def _load(stage: Stage, config: Any, device: str) -> Any:
+def _load(stage: Stage, config: Any, device: str, memory: str | None) -> Any:
     """Models stay loaded for the items that follow; the least recently used go first."""
-    name = (stage.name, stage.version, stage.weights(config), device)
+    name = (stage.name, stage.version, stage.weights(config), device, memory)
     if name not in _models:
-        _models[name] = stage.load(config, device)
+        if _is_half_full(device):
+            _drop_models()
+        _models[name] = stage.load(config, device, memory)
+        _thread_pools(len(sys.modules)).limit(limits=1)  # of libraries that came with the model, too
         while len(_models) > _MODELS_KEPT:
             _models.popitem(last=False)
     _models.move_to_end(name)
     return _models[name]
+
+
+def _is_half_full(device: str) -> bool:
+    """Whether a GPU may have no room for one more model: the text encoder and the transformer of one
+    backend, for example, fit beside each other on the largest only."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return bool(free < total / 2)
+
+
+def _drop_models() -> None:
+    _models.clear()
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
 
 
 def _written(storage: Storage, stage: Stage, output: Output) -> dict[str, Any]:
@@ -152,7 +241,7 @@ def _failed(error: Exception, stage: Stage, spec: ItemSpec) -> dict[str, Any]:
     text = " ".join(str(error).split()) or "no message"
     return {
         "status": "failed",
-        "retryable": isinstance(error, MemoryError),
+        "retryable": _is_out_of_memory(error),
         "error_type": type(error).__name__,
         "error": text if expected else f"unexpected {type(error).__name__}: {text}",
     }
@@ -165,6 +254,9 @@ def _commit(storage: Storage, stage: Stage, rows: list[dict[str, Any]], tensors:
             if row["key"] in tensors:
                 row |= {"data": data, "sha256": sha256}
     write_manifest(storage, stage.name, rows, stage.columns)
+    for row in rows:
+        if row["status"] == "ok":
+            storage.unfinished_file(row["key"]).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,14 +9,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from avatar_core.clips import STAGES, Clips, slug
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.store.storage import Storage
+from avatar_core.store.tables import put_table, stretches
 
 _RUN_ID = re.compile(r"(?P<name>.+)-\d{8}T\d{6}Z-[0-9a-f]{4}")
+
+_ROWS = pa.schema({"row": pa.int64(), "values": pa.string()})
+_PLAN = pa.schema(
+    {
+        "name": pa.string(),
+        "row": pa.int64(),
+        "take": pa.int64(),
+        "part": pa.int64(),
+        "seed": pa.int64(),
+        "error": pa.string(),
+        **{f"{stage}_key": pa.string() for stage in STAGES},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +45,12 @@ def write_run(storage: Storage, name: str, config: Config, backend: dict[str, An
     """Record a run and return its id. `backend` has every `auto` settled, as the run uses it."""
     run_id = f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     values = {**to_dict(config), "name": name, "backend": backend}
-    storage.write_bytes(f"runs/{run_id}/rows.parquet", _parquet(_rows(clips)))
-    storage.write_bytes(f"runs/{run_id}/plan.parquet", _parquet(_plan(clips)))
+    rows = (_rows(clips, *stretch) for stretch in stretches(len(clips.rows)))
+    put_table(storage, f"runs/{run_id}/rows.parquet", _for_pandas(_ROWS), rows)
+    plan = (_plan(clips, *stretch) for stretch in stretches(len(clips)))
+    put_table(storage, f"runs/{run_id}/plan.parquet", _for_pandas(_PLAN, seed="Int64"), plan)
     assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
-    storage.write_bytes(f"runs/{run_id}/assets.parquet", _parquet(assets))
+    storage.write_bytes(f"runs/{run_id}/assets.parquet", assets.to_parquet(index=False))
     text = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return run_id
@@ -75,27 +92,28 @@ def read_assets(storage: Storage, run_id: str) -> set[str]:
     return set(pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/assets.parquet")))["sha256"])
 
 
-def _rows(clips: Clips) -> pd.DataFrame:
+def _rows(clips: Clips, start: int, stop: int) -> pa.Table:
     """The table as it was read: a JSON object of each row's columns."""
-    values = [json.dumps(dict(row.source), default=str, ensure_ascii=False) for row in clips.rows]
-    return pd.DataFrame({"row": [row.index for row in clips.rows], "values": values})
+    sources = clips.rows.column("source", start, stop)
+    values = [json.dumps(dict(source), default=str, ensure_ascii=False) for source in sources]
+    return pa.table([clips.rows.column("index", start, stop), values], _ROWS)
 
 
-def _plan(clips: Clips) -> pd.DataFrame:
-    indices = range(len(clips))
-    columns: dict[str, Any] = {
-        "name": [clips.name(i) for i in indices],
-        "row": [clips.rows[position].index for position in clips.position],
-        "take": clips.take,
-        "part": clips.part,
-        "seed": [None if i in clips.rejected else clips.seed[i] for i in indices],
-        "error": [clips.rejected.get(i) for i in indices],
-    }
-    keys = {f"{stage}_key": clips.hex_keys(stage) for stage in STAGES}
-    return pd.DataFrame({**columns, **keys}).astype({"seed": "Int64"})
+def _plan(clips: Clips, start: int, stop: int) -> pa.Table:
+    indices = range(start, stop)
+    columns = [
+        [clips.name(i) for i in indices],
+        clips.row_column("index", start, stop),
+        clips.take[start:stop],
+        clips.part[start:stop],
+        [None if i in clips.rejected else clips.seed[i] for i in indices],
+        [clips.rejected.get(i) for i in indices],
+        *(clips.hex_keys(stage, start, stop) for stage in STAGES),
+    ]
+    return pa.table(columns, _PLAN)
 
 
-def _parquet(frame: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
+def _for_pandas(schema: pa.Schema, **types: str) -> pa.Schema:
+    """The same with pandas' own `types`: as floats, where some are absent, seeds would not be exact."""
+    frame = schema.empty_table().to_pandas().astype(types)
+    return pa.Table.from_pandas(frame, schema, preserve_index=False).schema

@@ -7,7 +7,7 @@ best first, and no Python object exists per item.
 
 from array import array
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -90,6 +90,7 @@ class Schedule:
         self._drain_seconds = drain_seconds
         self._queues: dict[str, _Queue] = {}
         self._shards: dict[int, Shard] = {}
+        self._detached: set[int] = set()
         self._last_id = 0
         self._form_teams()
 
@@ -152,29 +153,39 @@ class Schedule:
             )
         del self._shards[shard_id]
         self._queues[shard.queue].shard_ids.discard(shard_id)
-        for item in shard.items:
-            rank = self._graph.rank_of[item]
-            if item in open_again:
-                self._graph.reopen(rank)
-            elif item in lost:
-                self._graph.fail(rank)
-            else:
-                self._graph.finish(rank)
+        self._settle(shard.items, lost, open_again)
 
     def give_back(self, shard_id: int) -> None:
         """The shard was not run: all its items are to do again."""
         if shard_id in self._shards:
             self.ended(shard_id, again=self._shards[shard_id].items)
 
-    def add_again(self, items: Iterable[int]) -> None:
-        """Done or failed items are to do once more, and consumers not yet given out wait for them.
+    def detach(self, shard_id: int, items: Collection[int]) -> None:
+        """These items of a shard are done elsewhere: they go on running, on no queue, until `settle`."""
+        shard, gone = self._shards[shard_id], set(items)
+        left = tuple(item for item in shard.items if item not in gone)
+        self._shards[shard_id] = replace(shard, items=left)
+        self._detached |= gone.intersection(shard.items)
 
-        Of consumers that are done nothing is repeated; one that is running may end or be put back.
-        """
+    def settle(
+        self, done: Collection[int] = (), failed: Collection[int] = (), again: Collection[int] = ()
+    ) -> None:
+        """What became of detached items."""
+        items = {*done, *failed, *again}
+        if not items <= self._detached:
+            raise ValueError(f"items {sorted(items - self._detached)} are not detached from any shard")
+        self._detached -= items
+        self._settle(items, set(failed), set(again))
+
+    def _settle(self, items: Iterable[int], failed: set[int], again: set[int]) -> None:
         for item in items:
             rank = self._graph.rank_of[item]
-            if self._graph.state[rank] in (DONE, FAILED):
-                self._graph.reopen(rank)
+            if item in again:
+                self._graph.move(rank, READY)
+            elif item in failed:
+                self._graph.fail(rank)
+            else:
+                self._graph.finish(rank)
 
     def measured(self, stage: str, seconds: float, work: float, speed: float = 1.0) -> None:
         """`work` of the stage took `seconds` on a queue of `speed`; replaces the assumed rate."""
@@ -328,10 +339,7 @@ class _Stage:
 
 
 class _Graph:
-    """The states of all items, by rank.
-
-    Held at all times: `unmet` counts an item's inputs that are not DONE, `lost` those FAILED or BLOCKED.
-    """
+    """The states of all items, by rank; `unmet` counts an item's inputs that are not DONE."""
 
     def __init__(
         self,
@@ -356,7 +364,7 @@ class _Graph:
         self._stage_at = _integers(stage_of[by_rank])
         self._clip_at = _integers(clips[by_rank])
         self._starts, self._consumers = _integers(starts), _integers(consumers)
-        self._unmet, self._lost = _integers(unmet), _integers(np.zeros_like(unmet))
+        self._unmet = _integers(unmet)
         for rank in np.flatnonzero(unmet == 0).tolist():
             self.move(rank, READY)
 
@@ -391,46 +399,17 @@ class _Graph:
                 self.move(consumer, READY)
 
     def fail(self, rank: int) -> None:
+        """Blocks all that descends from it."""
         self.move(rank, FAILED)
-        self._spread_loss(rank)
-
-    def reopen(self, rank: int) -> None:
-        """A running, done or failed item is to do again, as soon as its inputs allow."""
-        before = self.state[rank]
-        if before == DONE:
-            self._withdraw(rank)
-        self.move(rank, BLOCKED if self._lost[rank] else WAITING if self._unmet[rank] else READY)
-        if self.state[rank] == BLOCKED and before != FAILED:
-            self._spread_loss(rank)
-        elif self.state[rank] != BLOCKED and before == FAILED:
-            self._take_back_loss(rank)
-
-    def _consumers_of(self, rank: int) -> "array[int]":
-        return self._consumers[self._starts[rank] : self._starts[rank + 1]]
-
-    def _withdraw(self, rank: int) -> None:
-        for consumer in self._consumers_of(rank):
-            self._unmet[consumer] += 1
-            if self.state[consumer] == READY:
-                self.move(consumer, WAITING)
-
-    def _spread_loss(self, rank: int) -> None:
         lost = [rank]
         while lost:
             for consumer in self._consumers_of(lost.pop()):
-                self._lost[consumer] += 1
                 if self.state[consumer] == WAITING:
                     self.move(consumer, BLOCKED)
                     lost.append(consumer)
 
-    def _take_back_loss(self, rank: int) -> None:
-        found = [rank]
-        while found:
-            for consumer in self._consumers_of(found.pop()):
-                self._lost[consumer] -= 1
-                if self.state[consumer] == BLOCKED and not self._lost[consumer]:
-                    self.move(consumer, WAITING)
-                    found.append(consumer)
+    def _consumers_of(self, rank: int) -> "array[int]":
+        return self._consumers[self._starts[rank] : self._starts[rank + 1]]
 
 
 def _tallies(

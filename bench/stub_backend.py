@@ -64,6 +64,8 @@ class StubBackend:
     name = "stub"
     label = "stub (renders nothing)"
     config_type = StubConfig
+    max_speakers = 2
+    text_sees_picture = False
     versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
     queues: ClassVar = MappingProxyType(
         {"audio": "cpu", "reference": "cpu", "denoise": "gpu", "decode": "cpu"}
@@ -81,7 +83,7 @@ class StubBackend:
     def num_frames(self, duration_s: float, fps: float) -> int:
         return max(1, round(duration_s * fps))
 
-    def load(self, stage: str, config: Any, device: str) -> None:
+    def load(self, stage: str, config: Any, device: str, memory: str | None) -> None:
         return None
 
     def encode_audio(
@@ -95,6 +97,9 @@ class StubBackend:
         self.config.log.call("audio", "-", self.config.audio.seconds)
         return {"features": tracks[0][:FEATURES].astype(np.float32)}
 
+    def fit_picture(self, picture: Picture, max_side: int, config: Any) -> Any:
+        return picture, (1.0, 1.0)
+
     def encode_picture(self, models: None, picture: Picture, faces: Any, config: StubStageConfig) -> Tensors:
         self.config.log.call("reference", "-", config.seconds)
         return {"features": picture.ravel()[:FEATURES].astype(np.float32)}
@@ -107,6 +112,7 @@ class StubBackend:
         seed: int,
         config: StubStageConfig,
         report: ReportStep,
+        unfinished: Path | None,
     ) -> Tensors:
         features = conditions["audio"]["features"] + conditions["reference"]["features"]
         self.config.log.call("denoise", str(seed), config.seconds)

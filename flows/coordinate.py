@@ -1,19 +1,17 @@
 """Feeds the queues with shards of a batch until all is done. No Prefect here: bare threads can submit too."""
 
-import builtins
 import logging
 import os
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avatar_core import errors
 from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.config import Config
 from avatar_core.errors import BackendError, Cancelled, StoreError
@@ -21,7 +19,10 @@ from avatar_core.pipeline import GUESSED_SECONDS, MAX_PASSES, consumed_rows, mea
 from avatar_core.progress import Observer
 from avatar_core.schedule import Schedule, Shard, StageInfo
 from avatar_core.stages.base import ItemSpec
+from avatar_core.store.arrivals import Row
 from avatar_core.store.manifest import write_manifest
+from avatar_core.store.sharing import Sharing, Taken
+from flows.faults import Trouble, owners, passes_by_itself, raised
 from flows.queues import Job, JobResult, LocalQueue
 from flows.work import Work
 
@@ -74,7 +75,7 @@ def visible_gpus() -> Sequence[int]:
 
 @dataclass
 class Tally:
-    """What a stage has and what this run did; `items` and `cached` as they were at its start."""
+    """What a stage has and what this run did; `cached` was there at its start or came from another run."""
 
     items: int
     cached: int
@@ -88,22 +89,18 @@ class Tally:
         self.failed += row["status"] == "failed"
         self.seconds += row.get("seconds") or 0.0
 
+    def count_other(self, row: Mapping[str, Any]) -> None:
+        """Of another run."""
+        self.to_do -= 1
+        self.cached += row["status"] == "ok"
+        self.failed += row["status"] == "failed"
+
 
 @dataclass(frozen=True)
 class _InFlight:
     shard: Shard
     numbers: Mapping[str, int]  # of the items, by key
     specs: Sequence[ItemSpec]
-
-
-@dataclass
-class _Trouble:
-    """What went wrong so far: whose fault it was, and what is set aside until the next pass."""
-
-    deaths: Counter[str] = field(default_factory=Counter)  # by item key, or queue name
-    given_up: int = 0  # shards, since the last one that went well
-    damaged: set[str] = field(default_factory=set)  # `<stage>:<key>` of stored results
-    fatal: errors.AvatarError | None = None
 
 
 class Coordinator:
@@ -119,13 +116,15 @@ class Coordinator:
         self._observer = observer
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: dict[int, _InFlight] = {}
+        self._elsewhere: dict[tuple[str, str], int] = {}  # numbers of what others are at, by stage and key
         self._numbers: Counter[str] = Counter()  # shards so far, by stage
-        self._trouble = _Trouble()
+        self._trouble = Trouble()
         self._stopping = threading.Event()
         self._over_budget = False
         self._start_s = time.monotonic()
         self._work: Work
         self._schedule: Schedule | None = None
+        self._sharing: Sharing
 
     def run(
         self,
@@ -135,12 +134,14 @@ class Coordinator:
     ) -> None:
         """Raises `Cancelled` once everything has stopped, or the error that makes going on pointless."""
         self._queues = queues
-        for _ in range(MAX_PASSES):
-            self._plan()
-            self._drive(submit, cancelled)
-            if not self._trouble.damaged or self._over_budget:
-                return
-            self._forget_damaged(cancelled)
+        catalogs = {stage: results.catalog for stage, results in self.batch.results.items()}
+        with Sharing(self.batch.storage, catalogs, self._settle_later) as self._sharing:
+            for _ in range(MAX_PASSES):
+                self._plan()
+                self._drive(submit, cancelled)
+                if not self._trouble.damaged or self._over_budget:
+                    return
+                self._forget_damaged(cancelled)
         raise StoreError(
             f"results in {self.batch.storage.uri} are damaged again after being recomputed {MAX_PASSES} "
             "times; check the disk or bucket"
@@ -178,6 +179,7 @@ class Coordinator:
             self._observer.stage_started(stage, items=items, cached=cached, to_do=to_do)
             self.tallies.setdefault(stage, Tally(items, cached)).to_do += to_do
         self.undone = 0
+        self._elsewhere.clear()
         self._work = Work(plan)
         self._schedule = Schedule(
             [self._stage_info(stage) for stage in self._work.stages],
@@ -208,7 +210,8 @@ class Coordinator:
                 self._cancel()
             elif not self._over_budget:
                 self._submit_ready(submit)
-            if not self._in_flight:
+            ending = stopped or self._trouble.fatal or self._over_budget
+            if not self._in_flight and (ending or not self._elsewhere):
                 break
             try:
                 self._events.get(timeout=POLL_S)()
@@ -218,7 +221,7 @@ class Coordinator:
             raise Cancelled("stopped by the user")
         if self._trouble.fatal:
             raise self._trouble.fatal
-        self.undone = sum(c.waiting + c.ready for c in self._schedule.counts.values())
+        self.undone = sum(c.waiting + c.ready + c.running for c in self._schedule.counts.values())
         if self.undone and not self._over_budget:
             raise BackendError(f"{self.undone} items are to do and no queue is left that could do them")
 
@@ -243,7 +246,7 @@ class Coordinator:
         assert self._schedule
         specs = self._work.specs(shard)
         numbers = {spec.key: item for spec, item in zip(specs, shard.items, strict=True)}
-        sound = [spec for spec in specs if not self._trouble.damaged.intersection(_owners(spec))]
+        sound = [spec for spec in specs if not self._trouble.damaged.intersection(owners(spec))]
         if not sound:
             self._schedule.ended(shard.id, failed=shard.items)
             return
@@ -268,6 +271,7 @@ class Coordinator:
                 stage=stage,
                 items=tuple(items),
                 inputs=consumed_rows(batch, items),
+                memory=runtime.memory,
             )
             for items in (others, *([suspect] for suspect in suspects))
             if items
@@ -277,17 +281,23 @@ class Coordinator:
 
     def _call(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
         try:
-            result = self._run(shard, jobs)
+            taken = self._sharing.take(shard.stage, [item.key for job in jobs for item in job.items])
+            try:
+                if taken.others:
+                    self._events.put(partial(self._divide, shard, taken))
+                result = self._run(shard, _left(jobs, taken))
+            finally:
+                self._sharing.release(taken)
         except BaseException as error:
             self._events.put(partial(self._broken, shard, error))
             raise
         self._events.put(partial(self._ended, shard, result))
-        return result
+        return replace(result, rows=(*map(dict, taken.found.values()), *result.rows))
 
     def _run(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
         """Runs the jobs until one goes wrong for good; its result has the rows of all."""
         rows: list[dict[str, Any]] = []
-        result = JobResult(cancelled=True)
+        result = JobResult()
         for job in jobs:
             for attempt in range(self._settings.retries + 1):
                 if self._stopping.is_set():
@@ -299,7 +309,7 @@ class Coordinator:
                     on_progress=partial(self._progressed, shard.stage),
                 )
                 rows += result.rows
-                if not _passes_by_itself(result) or attempt == self._settings.retries:
+                if not passes_by_itself(result) or attempt == self._settings.retries:
                     break
                 log.warning("%s; trying again", result.error)
                 self._stopping.wait(RETRY_DELAY_S * 4**attempt)
@@ -310,6 +320,36 @@ class Coordinator:
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._events.put(partial(self._observer.item_progress, stage, key, done, total))
+
+    # --- what other runs do
+
+    def _divide(self, shard: Shard, taken: Taken) -> None:
+        """The rest of the shard goes on."""
+        assert self._schedule
+        flight = self._in_flight[shard.id]
+        specs = [spec for spec in flight.specs if spec.key not in taken.others]
+        self._in_flight[shard.id] = replace(flight, specs=specs)
+        self._schedule.detach(shard.id, [flight.numbers[key] for key in taken.others])
+        self._elsewhere |= {(shard.stage, key): flight.numbers[key] for key in taken.others}
+        self._settle(shard.stage, taken.found, set())
+        self._sharing.watch(shard.stage, taken.elsewhere)
+
+    def _settle_later(self, stage: str, rows: Mapping[str, Row], free: Set[str]) -> None:
+        self._events.put(partial(self._settle, stage, rows, free))
+
+    def _settle(self, stage: str, rows: Mapping[str, Row], free: Set[str]) -> None:
+        """Other runs have finished the items of these `rows`, and left those that are `free`."""
+        assert self._schedule
+        numbers: dict[str, list[int]] = {"ok": [], "failed": [], "free": []}
+        for key in (*rows, *free):
+            number = self._elsewhere.pop((stage, key), None)
+            if number is None:  # of an earlier pass
+                continue
+            numbers["free" if key in free else rows[key]["status"]].append(number)
+            if key in rows:
+                self.tallies[stage].count_other(rows[key])
+                self._show(stage, dict(rows[key]))
+        self._schedule.settle(done=numbers["ok"], failed=numbers["failed"], again=numbers["free"])
 
     # --- what ended
 
@@ -325,6 +365,7 @@ class Coordinator:
         ended = {row["key"]: row for row in result.rows}
         for row in ended.values():
             self._record(shard.stage, row)
+        self._sharing.committed(shard.stage, ended)
         left = [spec for spec in flight.specs if spec.key not in ended]
         set_aside = self._find_fault(shard, result, left)
         failed = {key for key, row in ended.items() if row["status"] != "ok"} | set_aside
@@ -341,7 +382,7 @@ class Coordinator:
         """Keys among the items `left` over that this pass will not try again."""
         if result.keys:
             self._trouble.damaged.update(result.keys)
-        damaged = {s.key for s in left if self._trouble.damaged.intersection(_owners(s))}
+        damaged = {s.key for s in left if self._trouble.damaged.intersection(owners(s))}
         if result.keys and not damaged:
             return {s.key for s in left}
         if result.cancelled or result.keys:
@@ -354,8 +395,8 @@ class Coordinator:
             for row in result.rows:
                 self._trouble.deaths.pop(row["key"], None)
             return damaged
-        if not _passes_by_itself(result):
-            self._trouble.fatal = _raised(result)
+        if not passes_by_itself(result):
+            self._trouble.fatal = raised(result)
             return damaged
         return damaged | self._give_up(shard, result, left)
 
@@ -378,7 +419,7 @@ class Coordinator:
     def _give_up(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
         self._trouble.given_up += 1
         if self._trouble.given_up >= MAX_GIVEN_UP:
-            self._trouble.fatal = _raised(result)
+            self._trouble.fatal = raised(result)
             return set()
         return self._fail(shard.stage, left, result)
 
@@ -402,8 +443,11 @@ class Coordinator:
         return {spec.key for spec in specs}
 
     def _record(self, stage: str, row: dict[str, Any]) -> None:
-        self.batch.results[stage].add(row)
         self.tallies[stage].count(row)
+        self._show(stage, row)
+
+    def _show(self, stage: str, row: dict[str, Any]) -> None:
+        self.batch.results[stage].add(row)
         self._observer.item_ended(stage, row)
         if row["status"] == "failed":
             log.error("%s: %s failed: %s", self._named(row["key"]), stage, row["error"])
@@ -441,20 +485,8 @@ def counted(noun: str, count: int) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _owners(spec: ItemSpec) -> set[str]:
-    """The stored results that an item reads."""
-    owners = {f"{stage}:{key}" for stage, keys in spec.inputs.items() for key in keys}
-    return owners | {f"ingest:{asset.key}" for assets in spec.assets.values() for asset in assets}
-
-
-def _passes_by_itself(result: JobResult) -> bool:
-    """Trouble with a network or disk; not damage, bad weights, or a fault of the code."""
-    if result.error is None or result.keys or result.cancelled or result.died or result.hung:
-        return False
-    kind = getattr(builtins, result.error_type or "", None)
-    return result.error_type == StoreError.__name__ or (isinstance(kind, type) and issubclass(kind, OSError))
-
-
-def _raised(result: JobResult) -> errors.AvatarError:
-    kind = getattr(errors, result.error_type or "", BackendError)
-    return kind(result.error) if issubclass(kind, errors.AvatarError) else BackendError(result.error)
+def _left(jobs: Sequence[Job], taken: Taken) -> Sequence[Job]:
+    if not taken.others:
+        return jobs
+    left = [replace(job, items=tuple(i for i in job.items if i.key not in taken.others)) for job in jobs]
+    return [job for job in left if job.items]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import (
@@ -149,8 +150,9 @@ def print_result(console: Console, result: Result) -> None:
     table = Table(title=None, header_style="bold", pad_edge=False, box=None)
     for heading in ("clip", "status", "length", "size", "file or reason"):
         table.add_column(heading, overflow="fold")
-    ordered = result.clips.sort_by([("status", "ascending"), ("row", "ascending")])  # failures first
-    for row in ordered.slice(0, ROWS_SHOWN).to_pylist():
+    order = pc.sort_indices(result.clips, [("status", "ascending"), ("row", "ascending")])  # failures first
+    shown = [result.clips.slice(position, 1) for position in order[:ROWS_SHOWN].to_pylist()]
+    for row in pa.concat_tables(shown).to_pylist():
         if row["status"] == "to do":
             cells = ["", "", "left for another run"]
         elif row["status"] == "ok":
@@ -160,10 +162,10 @@ def print_result(console: Console, result: Result) -> None:
         status = Text(row["status"], style="green" if row["status"] == "ok" else "red")
         table.add_row(Text(row["name"]), status, *map(Text, cells))
     console.print(table)
-    if len(ordered) > ROWS_SHOWN:
-        console.print(f"... and {len(ordered) - ROWS_SHOWN} more in metadata.parquet")
-    total = len(ordered)
-    done = pc.sum(pc.equal(ordered["status"], "ok")).as_py() or 0
+    total = len(result.clips)
+    if total > ROWS_SHOWN:
+        console.print(f"... and {total - ROWS_SHOWN} more in metadata.parquet")
+    done = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
     console.print(Text(f"{done} of {total} clips in {result.dataset}"), soft_wrap=True)
 
 

@@ -1,6 +1,5 @@
 """What is to do in a plan, as arrays for the schedule."""
 
-from array import array
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,31 +11,34 @@ from avatar_core.stages.base import ItemSpec
 
 
 class Work:
-    """The items of a plan that are to do, numbered through all stages, as arrays for the schedule.
-
-    `edges` has shape (m, 2), producer and consumer.
-    """
+    """The items of a plan that are to do, numbered through all stages, as arrays for the schedule."""
 
     def __init__(self, plan: Mapping[str, StagePlan]) -> None:
         self._to_do = {stage: stage_plan.to_do for stage, stage_plan in plan.items() if stage_plan.to_do}
-        self._first: dict[str, int] = {}
-        keys: dict[str, NDArray[np.int64]] = {}
-        work, stage_of, edges = array("d"), array("i"), [np.empty((0, 2), np.int64)]
-        for position, (stage, to_do) in enumerate(self._to_do.items()):
-            self._first[stage] = len(work)
-            columns = _Columns(len(work))
-            for spec in to_do:
-                columns.add(spec)
-            work.extend(columns.work)
-            stage_of.extend([position] * len(to_do))
-            keys[stage] = np.asarray(columns.keys)
-            edges += [columns.edges(upstream, keys[upstream], self._first[upstream]) for upstream in keys]
-        self.work, self.stage_of = np.asarray(work), np.asarray(stage_of)
-        self.edges = np.concatenate(edges)
+        counts = [len(to_do) for to_do in self._to_do.values()]
+        ends = np.cumsum(counts, dtype=int).tolist()
+        self._first = dict(zip(self._to_do, [0, *ends], strict=False))
+        self.stage_of = np.repeat(np.arange(len(counts), dtype=np.intc), counts)
 
     @property
     def stages(self) -> list[str]:
         return list(self._to_do)
+
+    @property
+    def work(self) -> NDArray[np.float64]:
+        return np.concatenate([np.empty(0), *(to_do.work for to_do in self._to_do.values())])
+
+    @property
+    def edges(self) -> NDArray[np.intc]:
+        """Producer and consumer, shape (m, 2)."""
+        edges = [np.empty((0, 2), np.intc)]
+        for stage, to_do in self._to_do.items():
+            for upstream in (name for name in self._to_do if name in to_do[0].inputs):
+                places = to_do.places_in(self._to_do[upstream])
+                consumers = np.flatnonzero(places >= 0)
+                pair = places[consumers] + self._first[upstream], consumers + self._first[stage]
+                edges.append(np.stack(pair, axis=1).astype(np.intc))
+        return np.concatenate(edges)
 
     def specs(self, shard: Shard) -> list[ItemSpec]:
         to_do, first = self._to_do[shard.stage], self._first[shard.stage]
@@ -44,33 +46,3 @@ class Work:
 
     def example(self, stage: str) -> ItemSpec:
         return self._to_do[stage][0]
-
-
-class _Columns:
-    """Items of one stage as numbers: a key is its 64-bit hash, since a million strings take memory."""
-
-    def __init__(self, first: int) -> None:
-        self.keys, self.work = array("q"), array("d")
-        self._first = first
-        self._consumers: dict[str, array[int]] = {}
-        self._consumed: dict[str, array[int]] = {}
-
-    def add(self, spec: ItemSpec) -> None:
-        number = self._first + len(self.keys)
-        self.keys.append(hash(spec.key))
-        self.work.append(spec.work)
-        for stage, keys in spec.inputs.items():
-            consumers = self._consumers.setdefault(stage, array("q"))
-            consumed = self._consumed.setdefault(stage, array("q"))
-            for key in keys:
-                consumers.append(number)
-                consumed.append(hash(key))
-
-    def edges(self, upstream: str, keys: NDArray[np.int64], first: int) -> NDArray[np.int64]:
-        consumed = np.asarray(self._consumed.get(upstream, array("q")))
-        consumers = np.asarray(self._consumers.get(upstream, array("q")))
-        order = np.argsort(keys)
-        places = np.minimum(np.searchsorted(keys, consumed, sorter=order), len(keys) - 1)
-        producers = order[places]
-        to_do = keys[producers] == consumed
-        return np.stack([producers[to_do] + first, consumers[to_do]], axis=1)

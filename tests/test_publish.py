@@ -82,6 +82,26 @@ def test_typed_columns_keep_their_type(inputs: Path, shared_store: Path) -> None
     assert table["tags"].tolist() == ['["a", "b"]', "[]"]
 
 
+def test_a_table_written_in_pieces_is_the_same(
+    inputs: Path, shared_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = {**GOOD, "image": str(inputs / "portrait.jpg"), "audio": str(inputs / "hello.wav")}
+    values: list[dict[str, Any]] = [
+        {"age": 30, "mixed": 1, "empty": None},
+        {"age": 2.5, "mixed": "a"},
+        {"late": True},
+    ]
+    config = {"rows": [{**good, **row} for row in values], "storage": {"root": str(shared_store)}}
+    whole = metadata(render({**config, "name": "whole"}))
+    monkeypatch.setattr("avatar_core.store.tables.PIECE_ROWS", 1)
+    pieces = metadata(render({**config, "name": "pieces"}))
+    pd.testing.assert_frame_equal(pieces.drop(columns="run_id"), whole.drop(columns="run_id"))
+    assert pieces["age"].tolist()[:2] == [30.0, 2.5]
+    assert pieces["mixed"].tolist()[:2] == ["1", "a"]
+    again = metadata(render({**config, "name": "pieces"}))
+    assert again["run_id"].tolist() == pieces["run_id"].tolist()
+
+
 def test_failed_rows_are_listed_without_a_video(inputs: Path, shared_store: Path) -> None:
     rows = [{**GOOD, "name": "good", "mood": "calm"}, {**BAD, "name": "bad", "mood": "sad"}]
     result = publish(inputs, shared_store, "failing", rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from avatar_core.errors import Cancelled, InputError, StoreError, WeightsError
+from avatar_core.errors import Cancelled, ConfigError, InputError, StoreError, WeightsError
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.catalog import load_catalog
@@ -36,7 +36,7 @@ class DoublingStage(Stage):
     def weights(self, config: Any) -> tuple[str, ...]:
         return ("big",) if config == 100 else ()
 
-    def load(self, config: Any, device: str) -> Any:
+    def load(self, config: Any, device: str, memory: str | None) -> Any:
         self.loaded.append(config)
         return 2
 
@@ -203,6 +203,86 @@ def test_models_are_loaded_once_for_the_same_weights(store: Storage) -> None:
     run_shard(store, stage, specs(1, 2, 100, 3), {})
     run_shard(store, stage, specs(4), {})
     assert stage.loaded == [1, 100]
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+class LadderStage(DoublingStage):
+    """Knows the levels 3, 2 and 1; an item needs one at most as high as its configuration."""
+
+    def __init__(self, error: type[Exception] = MemoryError) -> None:
+        super().__init__()
+        self.name = f"ladder_{os.urandom(4).hex()}"  # models of earlier tests stay loaded
+        self.error = error
+
+    def memory_levels(self, device: str) -> tuple[str, ...]:
+        return ("3", "2", "1")
+
+    def load(self, config: Any, device: str, memory: str | None) -> Any:
+        self.loaded.append(memory)
+        return memory
+
+    def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output:
+        self.found += scratch.iterdir()
+        (scratch / "begun").touch()
+        if int(models) > config:
+            raise self.error("too little memory")
+        return Output({"double": 0})
+
+
+@pytest.mark.parametrize("error", [MemoryError, OutOfMemoryError])
+def test_out_of_memory_an_item_is_done_at_the_next_lower_level(
+    store: Storage, error: type[Exception]
+) -> None:
+    stage = LadderStage(error)
+    rows = run_shard(store, stage, specs(3, 2, 3, 1), {})
+    assert [(row["status"], row["memory"]) for row in rows] == [
+        ("ok", "3"),
+        ("ok", "2"),
+        ("ok", "2"),
+        ("ok", "1"),
+    ]
+    assert stage.loaded == ["3", "2", "1"]
+    assert stage.found == []
+    assert load_catalog(store, stage.name).table["memory"].to_pylist() == ["3", "2", "2", "1"]
+
+
+def test_an_item_is_tried_twice_and_then_may_pass_another_time(store: Storage) -> None:
+    stage = LadderStage()
+    rows = run_shard(store, stage, specs(1, 0, 1), {})
+    assert [(row["status"], row.get("retryable"), row["memory"]) for row in rows] == [
+        ("failed", True, "2"),
+        ("failed", True, "1"),
+        ("ok", None, "1"),
+    ]
+    assert stage.loaded == ["3", "2", "1"]
+
+
+def test_a_shard_starts_at_the_level_that_was_asked_for(store: Storage) -> None:
+    stage = LadderStage()
+    assert [row["memory"] for row in run_shard(store, stage, specs(3, 1), {}, memory="2")] == ["2", "1"]
+    with pytest.raises(ConfigError, match=r"no memory level `9` on cpu; choose auto or one of: 3, 2, 1"):
+        run_shard(store, stage, specs(3), {}, memory="9")
+    assert run_shard(store, DoublingStage(), specs(3), {}, memory="9")[0]["memory"] is None
+
+
+def test_a_model_that_does_not_fit_is_loaded_at_the_next_lower_level(store: Storage) -> None:
+    class LargeStage(LadderStage):
+        def load(self, config: Any, device: str, memory: str | None) -> Any:
+            if memory == "3":
+                raise MemoryError
+            return super().load(config, device, memory)
+
+    assert [row["memory"] for row in run_shard(store, LargeStage(), specs(3, 3), {})] == ["2", "2"]
+
+
+def test_without_levels_an_item_is_tried_twice_too(store: Storage) -> None:
+    stage = DoublingStage()
+    rows = run_shard(store, stage, specs(MemoryError()), {})
+    assert (rows[0]["status"], rows[0]["memory"]) == ("failed", None)
+    assert len(stage.scratch) == 2
 
 
 def test_libraries_work_on_one_thread_meanwhile(store: Storage) -> None:

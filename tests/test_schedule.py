@@ -242,18 +242,16 @@ def test_a_new_gpu_begins_with_what_is_cheap():
     assert [schedule.next("gpu").stage for _ in range(2)] == ["text", "text"]
 
 
-def test_each_load_of_a_cheap_stage_drains_it():
+def test_a_cheap_stage_is_drained_once_it_is_loaded():
     stages = [StageInfo("text", "gpu", "encoder", 0.1, 4), StageInfo("denoise", "gpu", "transformer", 5.0, 1)]
     edges = np.stack([np.arange(40), np.arange(40, 80)], 1)
     schedule = Schedule(stages, np.repeat([0, 1], 40), np.ones(80), edges, models_kept=1)
     schedule.add_queue("gpu", "gpu")
-    for _ in range(2):
-        order = []
-        while (shard := schedule.next("gpu")) is not None:
-            order.extend(shard.items)
-            schedule.ended(shard.id)
-        assert max(order[:40]) < 40
-        schedule.add_again(range(80))
+    order = []
+    while (shard := schedule.next("gpu")) is not None:
+        order.extend(shard.items)
+        schedule.ended(shard.id)
+    assert max(order[:40]) < 40
 
 
 def test_a_late_gpu_shares_what_is_left():
@@ -369,52 +367,40 @@ def test_a_failure_blocks_its_descendants_only():
     assert schedule.forecast_seconds == 0
 
 
-def test_a_failed_item_added_again_frees_its_descendants():
-    schedule = three_stages()
-    finish(schedule, failing=[0])
-    schedule.add_again([0, 2])
-    assert schedule.counts["decode"].waiting == 2
-    assert sorted(finish(schedule)) == [0, 2, 3, 5, 6]
-
-
-def test_an_item_stays_blocked_while_any_input_is_lost():
+def test_an_item_is_blocked_by_any_of_its_inputs():
     stages = [StageInfo(name, "cpu", "", 1.0) for name in ("face", "denoise", "decode")]
     schedule = Schedule(stages, np.array([0, 0, 1, 2]), np.ones(4), np.array([(0, 2), (1, 2), (2, 3)]))
     schedule.add_queue("cpu", "cpu")
-    finish(schedule, failing=[0, 1])
-    schedule.add_again([1])
-    assert finish(schedule) == [1]
+    assert sorted(finish(schedule, failing=[1])) == [0, 1]
     assert schedule.counts["decode"].blocked == 1
-    schedule.add_again([0])
-    assert finish(schedule) == [0, 2, 3]
 
 
-def test_a_failed_item_whose_input_failed_later_comes_back_with_it():
+def test_what_others_do_is_awaited_without_a_queue():
     schedule = three_stages()
-    while (shard := schedule.next("cpu")).stage == "face":
+    shard = schedule.next("cpu")
+    schedule.detach(shard.id, shard.items)
+    schedule.ended(shard.id)
+    other = schedule.next("cpu")
+    assert other.stage == "face"
+    assert not set(other.items) & set(shard.items)
+    schedule.ended(other.id, again=other.items)
+    assert schedule.counts["face"] == (0, 1, 1, 0, 0, 0)
+    schedule.settle(done=shard.items)
+    assert set(finish(schedule)) == set(range(8)) - set(shard.items)
+
+
+def test_what_others_leave_or_fail_at_is_no_longer_awaited():
+    schedule = three_stages()
+    taken = []
+    while (shard := schedule.next("cpu")) is not None:
+        schedule.detach(shard.id, shard.items)
         schedule.ended(shard.id)
-    item = shard.items[0]
-    schedule.add_again([0, 1])
-    schedule.ended(shard.id, failed=[item])
-    finish(schedule, failing=[0, 1])
-    schedule.add_again([item])
-    assert schedule.counts["denoise"].blocked == 3
-    schedule.add_again([0, 1])
-    assert {item, item + 3} <= set(finish(schedule))
-    assert schedule.counts["decode"].done == 3
-
-
-def test_a_damaged_result_is_made_again_before_what_needs_it():
-    schedule = three_stages()
-    while schedule.counts["denoise"].done < 1:
-        schedule.ended(schedule.next("cpu").id)
-    ready = schedule.next("cpu")
-    schedule.give_back(ready.id)
-    damaged = ready.items[0] - 3
-    schedule.add_again([damaged])
-    order = finish(schedule)
-    assert order.index(damaged) < order.index(ready.items[0])
-    assert schedule.counts["decode"].done == 3
+        taken += shard.items
+    assert taken == [0, 1]
+    schedule.settle(failed=[0])
+    schedule.settle(again=[1])
+    assert finish(schedule) == [1, 4, 7]
+    assert schedule.counts["decode"].blocked == 2
 
 
 def test_after_a_hang_one_item_is_lost_and_the_rest_is_put_back():
@@ -464,6 +450,8 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="in one list only"):
         schedule.ended(shard.id, failed=shard.items, again=shard.items)
     assert schedule.counts["face"].running == 1
+    with pytest.raises(ValueError, match=rf"items \[{other}\] are not detached"):
+        schedule.settle(done=[other])
 
 
 def test_nothing_to_do_is_finished():

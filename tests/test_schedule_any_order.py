@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import settings
@@ -44,6 +45,7 @@ class AnyOrder(RuleBasedStateMachine):
         )
         self.known = ["open"] * count
         self.kinds, self.paused, self.shards, self.names = {}, set(), {}, 0
+        self.detached = []
         self.add_queue("cpu", 1.0)
         self.add_queue(data.draw(st.sampled_from(["cpu", "gpu"])), 2.0)
 
@@ -82,7 +84,7 @@ class AnyOrder(RuleBasedStateMachine):
         lost = sorted(shard.id for shard in self.shards.values() if shard.queue == name)
         assert self.schedule.remove_queue(name) == lost
         for shard_id in lost:
-            self.settle(shard_id, failed=(), again=self.shards[shard_id].items)
+            self.account_for_shard(shard_id, failed=(), again=self.shards[shard_id].items)
             self.schedule.ended(shard_id)
         del self.kinds[name]
         self.paused.discard(name)
@@ -126,28 +128,40 @@ class AnyOrder(RuleBasedStateMachine):
             for wanted in "fa"
         )
         self.schedule.ended(shard.id, failed, again)
-        self.settle(shard.id, failed, again)
+        self.account_for_shard(shard.id, failed, again)
 
     @precondition(lambda self: self.shards)
     @rule(data=st.data())
     def shard_is_given_back(self, data):
         shard = data.draw(st.sampled_from(list(self.shards.values())))
         self.schedule.give_back(shard.id)
-        self.settle(shard.id, failed=(), again=shard.items)
+        self.account_for_shard(shard.id, failed=(), again=shard.items)
 
-    def settle(self, shard_id, failed, again):
-        for number in self.shards.pop(shard_id).items:
+    def account_for_shard(self, shard_id, failed, again):
+        self.account_for(self.shards.pop(shard_id).items, failed, again)
+
+    def account_for(self, numbers, failed, again):
+        for number in numbers:
             known = "failed" if number in failed else "open" if number in again else "done"
             self.known[self.shuffled[number]] = known
 
-    @precondition(lambda self: self.known)
+    @precondition(lambda self: self.shards)
     @rule(data=st.data())
-    def results_are_found_damaged(self, data):
-        items = data.draw(st.sets(st.integers(0, len(self.known) - 1), max_size=4))
-        self.schedule.add_again([self.number[item] for item in items])
-        for item in items:
-            if self.known[item] in ("done", "failed"):
-                self.known[item] = "open"
+    def items_turn_out_to_be_done_elsewhere(self, data):
+        shard = data.draw(st.sampled_from(list(self.shards.values())))
+        kept = data.draw(st.lists(st.booleans(), min_size=len(shard.items), max_size=len(shard.items)))
+        gone = [item for item, keep in zip(shard.items, kept, strict=True) if not keep]
+        self.schedule.detach(shard.id, gone)
+        self.detached += gone
+        self.shards[shard.id] = replace(shard, items=tuple(item for item in shard.items if item not in gone))
+
+    @precondition(lambda self: self.detached)
+    @rule(data=st.data(), outcome=st.sampled_from(["done", "failed", "again"]))
+    def what_became_of_them(self, data, outcome):
+        items = data.draw(st.lists(st.sampled_from(self.detached), unique=True))
+        self.schedule.settle(**{outcome: items})
+        self.account_for(items, failed=items * (outcome == "failed"), again=items * (outcome == "again"))
+        self.detached = [item for item in self.detached if item not in items]
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), seconds=st.floats(0.1, 100.0))
@@ -168,6 +182,8 @@ class AnyOrder(RuleBasedStateMachine):
         for kind in ("cpu", "gpu"):
             self.add_queue(kind, 1.0)
         first, last = f"queue-{self.names - 1}", f"queue-{self.names}"
+        self.schedule.settle(done=self.detached)
+        self.account_for(self.detached, failed=(), again=())
         while not self.schedule.finished:
             before = len(self.shards)
             for name in (first, last):
@@ -175,7 +191,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.shards or before
             for shard_id in list(self.shards):
                 self.schedule.ended(shard_id)
-                self.settle(shard_id, failed=(), again=())
+                self.account_for_shard(shard_id, failed=(), again=())
         self.the_schedule_agrees()
         assert set(self.states()) <= {"done", "failed", "blocked"}
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,10 @@ Picture = NDArray[np.uint8]
 """RGB, shape (height, width, 3)."""
 Tensors = Mapping[str, NDArray[Any]]
 
-BACKENDS = {"preview": "avatar_core.backends.preview.backend:PreviewBackend"}
+BACKENDS = {
+    "preview": "avatar_core.backends.preview.backend:PreviewBackend",
+    "hunyuan": "avatar_core.backends.hunyuan.backend:HunyuanBackend",
+}
 
 
 ReportStep = Callable[[int, int], None]
@@ -28,6 +32,9 @@ class Backend(Protocol):
 
     `versions` names the stages that the backend takes part in, each with the integer that is raised
     whenever its output changes for the same input.
+
+    A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
+    most memory first, beginning with the first that fits the device. Levels never change a result.
     """
 
     name: str
@@ -36,6 +43,8 @@ class Backend(Protocol):
     config_type: type
     versions: Mapping[str, int]
     queues: Mapping[str, str]
+    max_speakers: int
+    text_sees_picture: bool
 
     def resolve(self) -> "Backend":
         """The same backend with every `auto` that changes numbers settled for this machine."""
@@ -45,14 +54,16 @@ class Backend(Protocol):
         """Registry names of the weights that a stage loads."""
         ...
 
-    def size(self, width: int, height: int, max_side: int) -> tuple[int, int]:
-        """Width and height of the video for a picture of this size."""
+    def fit_picture(
+        self, picture: Picture, max_side: int, config: Any
+    ) -> tuple[Picture, tuple[float, float]]:
+        """The picture at the size of the video, and its scale across and down; `config` is a stage's."""
         ...
 
     def num_frames(self, duration_s: float, fps: float) -> int: ...
 
-    def load(self, stage: str, config: Any, device: str) -> Any:
-        """Models of a stage, handed to the methods below."""
+    def load(self, stage: str, config: Any, device: str, memory: str | None) -> Any:
+        """Models of a stage, handed to the methods below; `memory` is one of the stage's levels, if any."""
         ...
 
     def encode_audio(
@@ -64,6 +75,12 @@ class Backend(Protocol):
         num_frames: int,
     ) -> Tensors:
         """Features of one clip's speech; `tracks` holds one mono recording per speaker, equally long."""
+        ...
+
+    def encode_text(
+        self, models: Any, prompt: str, negative_prompt: str | None, picture: Picture | None, config: Any
+    ) -> Tensors:
+        """Both prompts, for backends with a `text` stage; `picture` is there if `text_sees_picture`."""
         ...
 
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
@@ -78,14 +95,17 @@ class Backend(Protocol):
         seed: int,
         config: Any,
         report: ReportStep,
+        unfinished: Path | None,
     ) -> Tensors:
-        """Latents of a clip (`preview`: motion) from the tensors of the stages it consumes, by stage."""
+        """Latents of a clip (`preview`: motion) from the tensors of the stages it consumes, by stage.
+        `unfinished` is a file for a state from which a killed clip goes on with the same result."""
         ...
 
     def decode(
         self, models: Any, picture: Picture, conditions: Mapping[str, Tensors], config: Any
     ) -> Iterator[Picture]:
-        """Frames of the clip, one by one, so that memory does not grow with its length."""
+        """Frames of the clip, one by one, so that memory does not grow with its length; those beyond the
+        length of the speech are not asked for."""
         ...
 
 

@@ -63,6 +63,8 @@ class Item:
     inputs: Mapping[str, Sequence[Output]]
     assets: Mapping[str, Sequence[Path]]
     source: str | None = None
+    unfinished: Path | None = None
+    """A file that outlives a killed process, where a long item may keep how far it is; it may not exist."""
 
 
 class Stage(ABC):
@@ -82,8 +84,12 @@ class Stage(ABC):
         """Registry names of the weights that `load` reads; they are part of the item's key."""
         return ()
 
-    def load(self, config: Any, device: str) -> Any:
-        """Models shared by all items whose configuration names the same weights."""
+    def memory_levels(self, device: str) -> tuple[str, ...]:
+        """Ways to load and run, most memory first, beginning with what fits; they give equal results."""
+        return ()
+
+    def load(self, config: Any, device: str, memory: str | None) -> Any:
+        """Models shared by all items whose configuration names the same weights; `memory` is their level."""
         return None
 
     @abstractmethod
@@ -101,5 +107,9 @@ class BackendStage(Stage):
     def weights(self, config: Any) -> tuple[str, ...]:
         return self.backend.weights(self.name, config.backend)
 
-    def load(self, config: Any, device: str) -> Any:
-        return self.backend.load(self.name, config.backend, device)
+    def memory_levels(self, device: str) -> tuple[str, ...]:
+        levels = getattr(self.backend, "memory_levels", None)
+        return levels(self.name, device) if levels else ()
+
+    def load(self, config: Any, device: str, memory: str | None) -> Any:
+        return self.backend.load(self.name, config.backend, device, memory)

@@ -26,5 +26,7 @@ class DenoiseStage(BackendStage):
         self, item: Item, config: DenoiseStageConfig, models: Any, scratch: Path, report: Report
     ) -> Output:
         conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
-        latents = self.backend.denoise(models, conditions, config.fps, config.seed, config.backend, report)
+        latents = self.backend.denoise(
+            models, conditions, config.fps, config.seed, config.backend, report, item.unfinished
+        )
         return Output({"seed": config.seed}, latents)

@@ -31,7 +31,7 @@ class FaceStage(Stage):
     def weights(self, config: FaceStageConfig) -> tuple[str, ...]:
         return ("mtcnn",)
 
-    def load(self, config: FaceStageConfig, device: str) -> FaceDetector:
+    def load(self, config: FaceStageConfig, device: str, memory: str | None) -> FaceDetector:
         return FaceDetector(weights.locate("mtcnn"))
 
     def process(

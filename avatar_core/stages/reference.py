@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from avatar_core.backends.base import Picture
+from avatar_core.backends.base import Backend, Picture
 from avatar_core.config import FaceConfig
 from avatar_core.media.face import Face, choose
-from avatar_core.media.image import ImageLimits, fit, load_image
+from avatar_core.media.image import ImageLimits, load_image
 from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.face import faces_from_tensors
 
@@ -42,20 +42,24 @@ class ReferenceStage(BackendStage):
             faces = choose(
                 faces, config.rule, config.boxes or None, config.speakers, min_face=config.min_face
             )
-        picture = load_fitted(item.assets["image"][0], config.max_side)
+        picture, scale = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
         height, width = picture.shape[:2]
-        scale = min(1.0, config.max_side / max(found.columns["width"], found.columns["height"]))
-        scaled = [_scaled(face, scale) for face in faces]
+        scaled = [_scaled(face, *scale) for face in faces]
         return Output(
             {"faces": len(faces), "width": width, "height": height},
             self.backend.encode_picture(models, picture, scaled, config.backend),
         )
 
 
-def load_fitted(path: Path, max_side: int) -> Picture:
-    """The upright picture at the size of the video. Ingest and face have checked it: no limits here."""
-    return fit(load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2)), max_side)
+def load_fitted(
+    backend: Backend, path: Path, max_side: int, config: Any
+) -> tuple[Picture, tuple[float, float]]:
+    """The upright picture at the size of the video, and its scale across and down. Ingest and face have
+    checked it: no limits here."""
+    picture = load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2))
+    return backend.fit_picture(picture, max_side, config)
 
 
-def _scaled(face: Face, scale: float) -> Face:
-    return Face(face.box * np.float32(scale), face.score, face.points * np.float32(scale))
+def _scaled(face: Face, across: float, down: float) -> Face:
+    scale = np.array([across, down], np.float32)
+    return Face(face.box * np.tile(scale, 2), face.score, face.points * scale)

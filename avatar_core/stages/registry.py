@@ -8,6 +8,7 @@ from avatar_core.stages.denoise import DenoiseStage
 from avatar_core.stages.face import FaceStage
 from avatar_core.stages.ingest import IngestStage
 from avatar_core.stages.reference import ReferenceStage
+from avatar_core.stages.text import TextStage
 
 
 def create_stages(backend: Backend) -> dict[str, Stage]:
@@ -15,6 +16,7 @@ def create_stages(backend: Backend) -> dict[str, Stage]:
         IngestStage(),
         FaceStage(),
         AudioStage(backend),
+        *([TextStage(backend)] if TextStage.name in backend.versions else []),
         ReferenceStage(backend),
         DenoiseStage(backend),
         DecodeStage(backend),

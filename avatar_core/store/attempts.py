@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _READERS = 16
 _LISTINGS = 10  # gc may delete a listed file before it is read; what it held is in a newer one
 _SUPERSEDES = b"avatar.supersedes"
+_PIECES = 8
 _GROWTH = 4  # a compaction takes in older catalog files up to so many times its own rows
 
 
@@ -53,7 +55,9 @@ class Attempts:
     def table(self) -> pa.Table:
         tables = _distinct([file.table for file in self.catalogs.values()])
         tables += [_with_attempt(table, attempt) for attempt, table in self.manifests.items()]
-        return _united(tables)
+        table = _united(tables)
+        # One large catalog file is not copied; many small manifests would make every look at a row slow.
+        return table if table["attempt"].num_chunks <= _PIECES else table.combine_chunks()
 
 
 def catalog_folder(stage: str) -> str:
@@ -139,7 +143,8 @@ def _distinct(tables: Iterable[pa.Table]) -> list[pa.Table]:
     held = pa.array([], pa.string())
     distinct = []
     for table in tables:
-        rest = table.filter(pc.invert(pc.is_in(table["attempt"], value_set=held)))
+        doubled = pc.is_in(table["attempt"], value_set=held)
+        rest = table.filter(pc.invert(doubled)) if pc.any(doubled).as_py() else table
         held = pa.concat_arrays([held, pc.unique(rest["attempt"])])
         distinct.append(rest)
     return distinct
@@ -188,7 +193,8 @@ def _united(tables: Iterable[pa.Table]) -> pa.Table:
         table = pa.concat_tables(plain, promote_options="permissive")
     except pa.ArrowException:
         table = pa.concat_tables(_without_clashes(plain), promote_options="permissive")
-    return table.combine_chunks().sort_by("attempt")
+    order = pc.sort_indices(table, [("attempt", "ascending")])
+    return table if np.array_equal(order, np.arange(len(order))) else table.take(order)
 
 
 def _without_clashes(tables: list[pa.Table]) -> list[pa.Table]:

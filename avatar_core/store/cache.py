@@ -13,6 +13,7 @@ from avatar_core.store.disk import PARTIAL_SUFFIX, publishing
 from avatar_core.store.keys import file_sha256
 
 _ABANDONED_S = 86400.0
+_UNFINISHED_S = 7 * 86400.0
 _RESCAN_SHARE = 0.02  # of the size limit: what this process may add before it looks at the folder again
 
 
@@ -70,6 +71,9 @@ class FileCache:
         finally:
             download.unlink(missing_ok=True)
 
+    def unfinished_file(self, key: str) -> Path:
+        return self.folder / "unfinished" / key
+
     def release(self) -> None:
         """Everything handed out by this process may be evicted from now on."""
         _lease(self.folder).clear()
@@ -79,6 +83,7 @@ class FileCache:
             in_use = _names_in_use(self.folder)
             files = sorted(self._files(), key=lambda file: file[1].st_atime_ns)
             excess = sum(status.st_size for _, status in files) - self.limit_bytes
+            self._drop_abandoned()
             for path, status in files:
                 if excess <= 0:
                     break
@@ -86,6 +91,12 @@ class FileCache:
                     path.unlink(missing_ok=True)
                     excess -= status.st_size
         self._unscanned_bytes = 0
+
+    def _drop_abandoned(self) -> None:
+        for path in self.folder.glob("unfinished/*"):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - _UNFINISHED_S:
+                    path.unlink()
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):

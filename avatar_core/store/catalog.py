@@ -4,16 +4,22 @@ For a key the earliest `ok` attempt counts, else the newest `failed` one. Rows n
 row do not exist for this purpose.
 """
 
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from avatar_core.errors import StoreError
 from avatar_core.store.attempts import read_attempts
+from avatar_core.store.key_index import KeyIndex, column_keys
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
+
+ABSENT, OK, FAILED, FAILED_FOR_GOOD = np.arange(4, dtype=np.int8)
+"""What is known of a key. `FAILED` may pass by itself: the row is retryable."""
 
 
 def load_catalog(storage: Storage, stage: str) -> "Catalog":
@@ -43,43 +49,41 @@ class Catalog:
     def __init__(self, stage: str, table: pa.Table) -> None:
         self.stage = stage
         self.table = table
-        self._live = _live_positions(table)
-        self._ok: dict[str, int] = {}
-        self._failed: dict[str, int] = {}
-        keys, statuses = _texts(table["key"]), _texts(table["status"])
-        for position in self._live:
-            if statuses[position] == "ok":
-                self._ok.setdefault(keys[position], position)
-            else:
-                self._failed[keys[position]] = position
-        for key in self._failed.keys() & self._ok.keys():
-            del self._failed[key]
+        self._live = _live(table)
+        states = np.where(self._live, row_states(table), ABSENT)
+        failed, ok = np.flatnonzero(states > OK), np.flatnonzero(states == OK)[::-1]
+        order = np.concatenate([failed, ok])  # of equal keys the last counts: the earliest that is ok
+        self._index = KeyIndex(column_keys(table["key"])[order], order)
+        self._states = np.append(states, ABSENT)  # which -1, the position of unknown keys, gives
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._ok
+    def __contains__(self, key: str) -> bool:
+        return bool(self._states[self._find(key)] == OK)
 
     def __len__(self) -> int:
-        return len(self._ok)
+        return int((self._states[self._index.positions] == OK).sum())
 
-    def ok_keys(self) -> KeysView[str]:
-        return self._ok.keys()
+    def ok_keys(self) -> set[str]:
+        return self._keys(self._states[self._index.positions] == OK)
 
-    def failed_keys(self) -> KeysView[str]:
-        return self._failed.keys()
+    def failed_keys(self) -> set[str]:
+        return self._keys(self._states[self._index.positions] > OK)
 
     def get(self, key: str) -> Mapping[str, Any] | None:
-        return self._row(self._ok.get(key))
+        return self._row(key, OK)
 
     def failure(self, key: str) -> Mapping[str, Any] | None:
-        return self._row(self._failed.get(key))
+        return self._row(key, FAILED, FAILED_FOR_GOOD)
 
-    def select(self, keys: Sequence[str]) -> pa.Table:
+    def states(self, keys: NDArray[np.bytes_]) -> NDArray[np.int8]:
+        return self._states[self._index.find(keys)]
+
+    def select(self, keys: Sequence[str] | NDArray[np.bytes_]) -> pa.Table:
         """The `ok` rows of these keys, in their order; `StoreError` names the keys that have none."""
-        return self._take(keys, self._ok)
+        return self._take(keys, OK)
 
     def failures(self, keys: Sequence[str]) -> pa.Table:
         """As `select`, of what `failure` would give."""
-        return self._take(keys, self._failed)
+        return self._take(keys, FAILED, FAILED_FOR_GOOD)
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """All rows of a key, oldest first, the hidden ones and those that hide them too."""
@@ -88,48 +92,65 @@ class Catalog:
 
     def live_attempts(self, keys: Iterable[str]) -> list[tuple[str, str]]:
         """(key, attempt) of every row of these keys that no dropped row hides."""
-        wanted = set(keys)
-        return self._live_where("key", wanted.__contains__)
+        return self._live_where("key", keys)
 
     def attempts_with_data(self, paths: Iterable[str]) -> list[tuple[str, str]]:
         """As `live_attempts`, of the rows whose data file is one of these."""
-        wanted = set(paths)
-        return self._live_where("data", wanted.__contains__)
+        return self._live_where("data", paths)
 
-    def _live_where(self, column: str, wanted: Callable[[object], bool]) -> list[tuple[str, str]]:
-        keys, attempts = _texts(self.table["key"]), _texts(self.table["attempt"])
-        values = _texts(self.table[column])
-        return [(keys[at], attempts[at]) for at in self._live if wanted(values[at])]
+    def _live_where(self, column: str, wanted: Iterable[str]) -> list[tuple[str, str]]:
+        found = pc.is_in(self.table[column], value_set=pa.array(wanted, pa.string()))
+        rows = self.table.select(["key", "attempt"]).filter(pc.and_(found, pa.array(self._live)))
+        return _pairs(rows["key"], rows["attempt"])
 
-    def _take(self, keys: Sequence[str], index: Mapping[str, int]) -> pa.Table:
-        missing = [key for key in keys if key not in index]
-        if missing:
-            raise StoreError(
-                f"{len(missing)} of {len(keys)} {self.stage} results are not in the catalog; "
-                "they have to be made again",
-                missing,
-            )
-        return self.table.take(pa.array([index[key] for key in keys], pa.int64()))
+    def _keys(self, which: NDArray[np.bool_]) -> set[str]:
+        return set(self.table["key"].take(pa.array(self._index.positions[which])).to_pylist())
 
-    def _row(self, position: int | None) -> Mapping[str, Any] | None:
-        if position is None:
+    def _row(self, key: str, *states: np.int8) -> Mapping[str, Any] | None:
+        position = self._find(key)
+        if self._states[position] not in states:
             return None
         row: dict[str, Any] = self.table.slice(position, 1).to_pylist()[0]
         return row
 
+    def _find(self, key: str) -> int:
+        return int(self._index.find(np.array([key], "S"))[0])
 
-def _live_positions(table: pa.Table) -> list[int]:
-    """Of the rows with status ok or failed that no dropped row names."""
-    dropped = table.filter(pc.equal(table["status"], "dropped"))
-    hidden = set(zip(_texts(dropped["key"]), _texts(dropped["dropped"]), strict=True))
-    rows = zip(_texts(table["key"]), _texts(table["attempt"]), _texts(table["status"]), strict=True)
-    return [
-        position
-        for position, (key, attempt, status) in enumerate(rows)
-        if status != "dropped" and (key, attempt) not in hidden
-    ]
+    def _take(self, keys: Sequence[str] | NDArray[np.bytes_], *states: np.int8) -> pa.Table:
+        positions = self._index.find(np.array(keys, "S"))
+        missing = ~np.isin(self._states[positions], states)
+        if missing.any():
+            raise StoreError(
+                f"{missing.sum()} of {len(keys)} {self.stage} results are not in the catalog; "
+                "they have to be made again",
+                np.array(keys, "U")[missing].tolist(),
+            )
+        return self.table.take(pa.array(positions))
 
 
-def _texts(column: pa.ChunkedArray) -> Sequence[str]:
-    texts: Sequence[str] = column.to_numpy().tolist()
-    return texts
+def row_states(table: pa.Table) -> NDArray[np.int8]:
+    """What each row says of its key, whatever other rows say."""
+    ok = _flags(pc.equal(table["status"], "ok"))
+    retryable = _flags(table["retryable"])
+    return np.where(ok, OK, np.where(retryable, FAILED, FAILED_FOR_GOOD)).astype(np.int8)
+
+
+def _live(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether a row has status ok or failed and no dropped row names it."""
+    is_dropped = pc.equal(table["status"], "dropped")
+    live = ~_flags(is_dropped)
+    dropped = table.select(["key", "dropped"]).filter(is_dropped)
+    hidden = set(_pairs(dropped["key"], dropped["dropped"]))
+    suspects = np.flatnonzero(_flags(pc.is_in(table["key"], value_set=dropped["key"].unique())))
+    rows = table.select(["key", "attempt"]).take(pa.array(suspects))
+    pairs = _pairs(rows["key"], rows["attempt"])
+    live[suspects] &= np.array([pair not in hidden for pair in pairs], bool)
+    return live
+
+
+def _flags(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    return np.asarray(pc.fill_null(column, False), bool)
+
+
+def _pairs(first: pa.ChunkedArray, second: pa.ChunkedArray) -> list[tuple[str, str]]:
+    return list(zip(first.to_pylist(), second.to_pylist(), strict=True))

@@ -14,7 +14,7 @@ PARTIAL_SUFFIX = ".partial"
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (Btrfs, XFS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """Size in bytes, time of the last change in seconds since the epoch."""
 

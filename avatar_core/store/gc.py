@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from avatar_core.store.attempts import Attempts, catalog_folder, read_attempts
 from avatar_core.store.catalog import Catalog, hide
+from avatar_core.store.claims import claim_folder
 from avatar_core.store.disk import PARTIAL_SUFFIX, FileInfo
 from avatar_core.store.manifest import ASSETS, data_folder, manifest_folder
 from avatar_core.store.storage import Storage
@@ -17,7 +18,9 @@ MIN_AGE_S = 7 * 86400.0
 
 @dataclass
 class GcReport:
-    """Files and bytes that were deleted, or would be, by kind: data, assets, manifests, catalog, partial."""
+    """Files and bytes that were deleted, or would be, by kind: data, assets, manifests, catalog, claims,
+    partial.
+    """
 
     dry_run: bool
     files: Counter[str] = field(default_factory=Counter)
@@ -92,4 +95,6 @@ def _kind(path: str, redundant: Mapping[str, Mapping[str, str]]) -> str | None:
     if top not in ("stages", "catalog"):
         return None
     stage = rest[0]
+    if path.startswith(f"{claim_folder(stage)}/"):
+        return "claims"
     return "data" if path.startswith(f"{data_folder(stage)}/") else redundant[stage].get(path)

@@ -99,6 +99,10 @@ class Storage:
                 raise self._absent(path)
             return local
 
+    def unfinished_file(self, key: str) -> Path:
+        """Where this machine may keep how far an item is until it is committed; it may not exist."""
+        return self._cache.unfinished_file(key)
+
     def release(self) -> None:
         """Ends this process's claim on the cached files that `local_path` gave it."""
         if not self.is_local:

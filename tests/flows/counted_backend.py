@@ -77,6 +77,8 @@ class CountedBackend:
     name = "counted"
     label = "counted"
     config_type = CountedConfig
+    max_speakers = 2
+    text_sees_picture = False
     versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
     queues: ClassVar = MappingProxyType(
         {"audio": "cpu", "reference": "cpu", "denoise": "gpu", "decode": "cpu"}
@@ -91,13 +93,13 @@ class CountedBackend:
     def weights(self, stage: str, config: StageConfig) -> tuple[str, ...]:
         return ()
 
-    def size(self, width: int, height: int, max_side: int) -> tuple[int, int]:
-        return width, height
+    def fit_picture(self, picture: Picture, max_side: int, config: Any) -> Any:
+        return picture, (1.0, 1.0)
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         return max(1, round(duration_s * fps))
 
-    def load(self, stage: str, config: StageConfig, device: str) -> None:
+    def load(self, stage: str, config: StageConfig, device: str, memory: str | None) -> None:
         return None
 
     def encode_audio(
@@ -121,6 +123,7 @@ class CountedBackend:
         seed: int,
         config: StageConfig,
         report: ReportStep,
+        unfinished: Path | None,
     ) -> Tensors:
         for step in range(STEPS):
             report(step, STEPS)

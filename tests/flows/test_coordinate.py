@@ -14,6 +14,9 @@ import pytest
 from avatar_core.batch import Batch, open_batch
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import Result, finish_batch, record_run, render
+from avatar_core.store.claims import Claims
+from avatar_core.store.manifest import write_manifest
+from avatar_core.store.storage import Storage
 from flows import coordinate
 from flows.coordinate import Coordinator, RunSettings, run_settings, visible_gpus
 from flows.queues import LocalQueues
@@ -151,6 +154,57 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatc
         assert list(visible_gpus()) == []
 
 
+# --- other runs
+
+
+def test_what_another_run_finished_meanwhile_is_taken_over(
+    run: Run, rendered: Rendered, tmp_path: Path
+) -> None:
+    batch = opened(rendered, tmp_path)
+    render(batch.config)
+    result = run(batch)
+    assert videos(result.dataset) == videos(rendered.result.dataset)
+    for stage, items in {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}.items():
+        assert len(attempts(tmp_path, stage)) == items
+        tally = run.coordinator.tallies[stage]
+        assert (tally.cached, tally.to_do, tally.done) == (items, 0, 0)
+
+
+def test_what_another_run_failed_at_meanwhile_counts(run: Run, rendered: Rendered, tmp_path: Path) -> None:
+    batch = opened(rendered, tmp_path)
+    item = batch.plan()["reference"].to_do[0]
+    row = {"key": item.key, "status": "failed", "error_type": "InputError", "error": "no face"}
+    write_manifest(batch.storage, "reference", [row], batch.stages["reference"].columns)
+    result = run(batch)
+    assert list(result.failures["error"]) == ["no face"] * 2
+    assert (len(attempts(tmp_path, "reference")), len(attempts(tmp_path, "decode"))) == (2, 2)
+    assert run.coordinator.tallies["reference"].failed == 1
+
+
+def test_what_another_run_is_at_is_left_to_it_until_it_gives_up(
+    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, tmp_path: Path
+) -> None:
+    batch = opened(rendered, tmp_path)
+    others = Claims(Storage(str(tmp_path)), "another machine")
+    held = batch.plan()["denoise"].to_do[0].key
+    claim = others.claim("denoise", [held])
+
+    class Releasing(Watcher):
+        """Once nothing else is left to do."""
+
+        def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+            super().item_ended(stage, row)
+            if stage == "decode" and self.counts["decode"] == 3:
+                others.release(claim)
+
+    run = Run(threads, queues, Releasing())
+    assert len(run(batch).failures) == 0
+    denoised = [row["key"] for stage, row in run.watcher.ended if stage == "denoise"]
+    assert denoised[-1] == held
+    assert len(denoised) == 4
+    assert not list(tmp_path.glob("stages/*/claims/*"))
+
+
 # --- rows and stores that go wrong
 
 
@@ -262,7 +316,7 @@ class Signalling(Watcher):
         if stage != self._stage or key != (self.victim or key) or len(self.pids) == self._times:
             return
         self.victim = key
-        queue = next(queue for queue in self._queues.values() if queue._turn.locked())
+        [queue] = self._queues.values()
         if queue.pid and queue.pid not in self.pids:
             self.pids.append(queue.pid)
             os.kill(queue.pid, self._number)
@@ -288,7 +342,7 @@ def test_a_killed_queue_is_replaced(
 
 @pytest.mark.parametrize(
     ("number", "times", "reason"),
-    [(signal.SIGKILL, 3, "ended by signal 9"), (signal.SIGSTOP, 1, "said nothing for 3 s")],
+    [(signal.SIGKILL, 3, "ended by signal 9"), (signal.SIGSTOP, 1, "said nothing for 8 s")],
     ids=["dies", "hangs"],
 )
 def test_an_item_that_takes_its_queue_down_becomes_a_row(
@@ -301,7 +355,7 @@ def test_an_item_that_takes_its_queue_down_becomes_a_row(
     reason: str,
 ) -> None:
     watcher = Signalling(queue, "decode", number, times)
-    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)), item_timeout_s=3.0)
+    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)), item_timeout_s=8.0)
     assert len(watcher.pids) == times
     assert list(result.failures["failed_stage"]) == ["decode"]
     assert reason in result.failures["error"].iloc[0]

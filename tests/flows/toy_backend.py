@@ -27,6 +27,7 @@ if "pytest" not in sys.modules:
 log = logging.getLogger("avatar_core.toy")
 _backends: list["ToyBackend"] = []
 _loads: list[str] = []
+_memory: list[str | None] = []
 
 Act = Callable[[ReportStep], Any]
 """What an item does; its answer is kept as JSON."""
@@ -34,13 +35,15 @@ Act = Callable[[ReportStep], Any]
 
 @dataclass(frozen=True)
 class ToyConfig:
-    pass
+    memory_levels: tuple[str, ...] = ()
 
 
 class ToyBackend:
     name = "toy"
     label = "toy"
     config_type = ToyConfig
+    max_speakers = 2
+    text_sees_picture = False
     versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
     queues: ClassVar = MappingProxyType(dict.fromkeys(("audio", "reference", "denoise", "decode"), "gpu"))
 
@@ -51,11 +54,22 @@ class ToyBackend:
     def weights(self, stage: str, config: Any) -> tuple[str, ...]:
         return ()
 
-    def load(self, stage: str, config: Act, device: str) -> None:
+    def memory_levels(self, stage: str, device: str) -> tuple[str, ...]:
+        return self.config.memory_levels
+
+    def load(self, stage: str, config: Act, device: str, memory: str | None) -> None:
         _loads.append(device)
+        _memory.append(memory)
 
     def denoise(
-        self, models: None, conditions: Any, fps: float, seed: int, config: Act, report: ReportStep
+        self,
+        models: None,
+        conditions: Any,
+        fps: float,
+        seed: int,
+        config: Act,
+        report: ReportStep,
+        unfinished: Path | None,
     ) -> Mapping[str, Any]:
         return {"answer": np.frombuffer(json.dumps(config(report)).encode(), np.uint8)}
 
@@ -134,6 +148,13 @@ def log_levels(report: ReportStep) -> None:
 
 def break_unexpectedly(report: ReportStep) -> None:
     raise ZeroDivisionError("by zero")
+
+
+def need_less_memory(report: ReportStep) -> list[str | None]:
+    """Runs out of it on the highest level; answers with the levels so far."""
+    if _memory[-1] == "high":
+        raise MemoryError
+    return _memory
 
 
 def lack_weights(report: ReportStep) -> None:

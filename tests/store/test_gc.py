@@ -5,6 +5,7 @@ import pytest
 
 from avatar_core.store.attempts import compact, read_attempts
 from avatar_core.store.catalog import load_catalog
+from avatar_core.store.claims import claim_folder
 from avatar_core.store.gc import MIN_AGE_S, gc
 from avatar_core.store.manifest import write_data, write_manifest
 from avatar_core.store.storage import Storage
@@ -102,3 +103,11 @@ def test_a_damaged_catalog_file_covers_nothing(storage, later):
 def test_an_empty_store_has_nothing_to_delete(tmp_path):
     assert gc(Storage(str(tmp_path / "store")), {}, set(), dry_run=False).paths == []
     assert not (tmp_path / "store").exists()
+
+
+def test_what_dead_runs_claimed_goes(storage, later):
+    claim = f"{claim_folder('face')}/00000000-0000-7000-8000-000000000000.json"
+    storage.write_bytes(claim, b"{}")
+    assert gc(storage, {}, set()).paths == []
+    assert gc(storage, {}, set(), dry_run=False, now=later).files == {"claims": 1}
+    assert not storage.exists(claim)

@@ -60,9 +60,12 @@ class HunyuanBackend:
         }
         return tuple(f"{self.config.checkpoint}/{part}" for part in parts[stage])
 
-    def fit_picture(self, picture: Picture, max_side: int, config: Any) -> Picture:
+    def fit_picture(
+        self, picture: Picture, max_side: int, config: Any
+    ) -> tuple[Picture, tuple[float, float]]:
         """By `image_size`; `max_side` is for backends of any size."""
-        return fit_picture(picture, config.image_size)
+        fitted = fit_picture(picture, config.image_size)
+        return fitted, (fitted.shape[1] / picture.shape[1], fitted.shape[0] / picture.shape[0])
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         if self.config.mode == "parity":
@@ -70,7 +73,7 @@ class HunyuanBackend:
         # A hair less than a whole frame too much is rounding of the sample count, not a frame.
         return max(1, int(np.ceil(duration_s * fps - 1e-3)))
 
-    def load(self, stage: str, config: Any, device: str, memory: str = "") -> Any:
+    def load(self, stage: str, config: Any, device: str, memory: str | None) -> Any:
         hide_broken_packages()
         if stage == "denoise":
             return self._load_denoiser(config, device, memory)
@@ -84,7 +87,14 @@ class HunyuanBackend:
             return vae
         return TorchScriptFaceDetector(folders["detector"] / "detface.pt"), vae
 
-    def _load_denoiser(self, config: Any, device: str, memory: str) -> Any:
+    def memory_levels(self, stage: str, device: str) -> tuple[str, ...]:
+        if stage != "denoise":
+            return ()
+        from avatar_core.memory import LEVEL_NAMES, fitting_level
+
+        return LEVEL_NAMES[LEVEL_NAMES.index(fitting_level(device).name) :]
+
+    def _load_denoiser(self, config: Any, device: str, memory: str | None) -> Any:
         from avatar_core.backends.hunyuan.clip_denoiser import ClipDenoiser
         from avatar_core.memory import fitting_level, get_level
 
@@ -137,7 +147,7 @@ class HunyuanBackend:
         seed: int,
         config: Any,
         report: ReportStep,
-        unfinished: Path | None = None,
+        unfinished: Path | None,
     ) -> Tensors:
         audio = conditions["audio"]
         windows = clip_windows(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,17 +99,18 @@ class WindowCache:
     """Activations of the last full step, for cached steps, whose windows lie elsewhere.
 
     Rows of the video are kept by frame. Reference and text rows belong to a window; a cached step takes those
-    of the last window that held its first frame.
+    of the last window that held its first frame. Rows of the video wait on `device`, or where they came from.
     """
 
-    def __init__(self, num_frames: int) -> None:
+    def __init__(self, num_frames: int, device: str | None = None) -> None:
+        self._device = device
         self._owners = torch.zeros(num_frames, dtype=torch.long)
         self._rows: dict[int, BlockInput] = {}
         self._image: Tensor | None = None  # (B, num_frames, S, D)
 
     def store(self, number: int, window: Window, rows: BlockInput) -> None:
         """`number` counts the windows of a step."""
-        image = rows.image.unflatten(1, (WINDOW, -1))
+        image = rows.image.to(self._device or rows.image.device).unflatten(1, (WINDOW, -1))
         if len(self._owners) == WINDOW:
             self._image = image
         else:
@@ -123,14 +125,25 @@ class WindowCache:
         assert self._image is not None, "the first step is a full one"
         rows = self._rows[int(self._owners[window.frames[0]])]
         image = self._image if len(self._owners) == WINDOW else self._image[:, window.frames]
-        return replace(rows, image=image.flatten(1, 2))
+        return replace(rows, image=image.flatten(1, 2).to(rows.text.device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Halves of the guidance that run at once: what they see in every step and window but the sound, and what
+    they keep for cached steps."""
+
+    halves: tuple[int, ...]
+    constants: Prepared
+    cache: WindowCache
 
 
 class GuidedTransformer:
     """The transformer's answer for a window, with guidance.
 
     The unconditional half (0: negative prompt, silence) and the conditional one (1) are one batch, or with
-    `sequential` two, one after the other, which take less memory.
+    `sequential` two, one after the other, which take less memory. They are two in the early steps, too, if
+    their texts differ in length: one batch would need an attention mask, which the fast kernels do not take.
     """
 
     def __init__(
@@ -140,59 +153,73 @@ class GuidedTransformer:
         windows: ClipWindows,
         *,
         sequential: bool,
+        cache_device: str | None = None,
     ) -> None:
         self._transformer = transformer
-        self._batches = ((0,), (1,)) if sequential else ((0, 1),)
-        self._caches = [WindowCache(windows.num_frames) for _ in self._batches]
         behind = max(0, windows.num_audio_frames - conditions.audio.shape[1])
         self._audio = pad(conditions.audio, (0, 0) * 3 + (0, behind))
         self._silence = transformer.prepare_audio(torch.zeros_like(conditions.audio[:, :1]))
         self._heard: dict[int, tuple[AudioKeys, ...]] = {}
+        shared = self._constants(conditions)
+        weak = transformer.prepare_face_masks(EARLY_FACE_SHARE * conditions.face_mask)
         texts = conditions.negative_prompt, conditions.prompt
-        late = self._constants(conditions, (conditions.prompt, conditions.prompt))
-        early_gate = transformer.prepare_face_masks(EARLY_FACE_SHARE * conditions.face_mask)
-        self._late = late
-        self._early = [
-            replace(prepared, text=self._text(texts, halves), face_gate=early_gate)
-            for prepared, halves in zip(late, self._batches, strict=True)
-        ]
+        num_lengths = len({int(text.prompt_mask.sum()) for text in texts})
+        self._new_cache = partial(WindowCache, windows.num_frames, cache_device)
+        self._early = self._batches(
+            replace(shared, face_gate=weak), texts, apart=sequential or num_lengths > 1
+        )
+        self._late = self._batches(shared, (conditions.prompt, conditions.prompt), apart=sequential)
 
     def __call__(
-        self, latents: Tensor, timestep: Tensor, step: int, number: int, window: Window, *, cached: bool
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        step: int,
+        number: int,
+        window: Window,
+        *,
+        cached: bool,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Answers of both halves to the latents (1, C, WINDOW, h, w) of the step's window `number`."""
+        """Answers of both halves to the latents (1, C, WINDOW, h, w) of the step's window `number`. With
+        `keep` a full step leaves its activations to the cached ones that follow."""
         answers = []
-        constants = self._early if step < EARLY_STEPS else self._late
-        for halves, prepared, cache in zip(self._batches, constants, self._caches, strict=True):
-            inputs = latents.expand(len(halves), -1, -1, -1, -1), timestep.expand(len(halves))
+        if step == EARLY_STEPS:
+            self._early.clear()
+        for batch in self._early if step < EARLY_STEPS else self._late:
+            size = len(batch.halves)
+            inputs = latents.expand(size, -1, -1, -1, -1), timestep.expand(size)
             if cached:
-                output = self._transformer(*inputs, prepared, cache.take(window))
+                output = self._transformer(*inputs, batch.constants, batch.cache.take(window))
             else:
-                output = self._transformer(*inputs, replace(prepared, audio=self._sound(window, halves)))
-                cache.store(number, window, output.cache)
+                sound = self._sound(window, batch.halves)
+                output = self._transformer(*inputs, replace(batch.constants, audio=sound))
+                if keep:
+                    batch.cache.store(number, window, output.cache)
             answers.append(output.sample)
         unconditional, conditional = torch.cat(answers).chunk(2)
         return unconditional, conditional
 
-    def _constants(
-        self, conditions: ClipConditions, texts: tuple[TextConditions, TextConditions]
-    ) -> list[Prepared]:
-        """Of each batch, all but the sound, which goes with the window."""
-        picture = self._transformer.prepare_picture(conditions.ref_latents)
-        gate = self._transformer.prepare_face_masks(conditions.face_mask)
-        scalars = self._transformer.prepare_scalars(
-            conditions.motion_exp, conditions.motion_pose, conditions.fps
-        )
+    def _batches(
+        self, constants: Prepared, texts: tuple[TextConditions, TextConditions], *, apart: bool
+    ) -> list[Batch]:
         return [
-            Prepared(
-                text=self._text(texts, halves),
-                picture=replace(picture, reference=picture.reference.expand(len(halves), -1, -1)),
-                audio=(),
-                face_gate=gate,
-                scalars=scalars,
-            )
-            for halves in self._batches
+            Batch(halves, replace(constants, text=self._text(texts, halves)), self._new_cache())
+            for halves in (((0,), (1,)) if apart else ((0, 1),))
         ]
+
+    def _constants(self, conditions: ClipConditions) -> Prepared:
+        """All but the sound, which goes with the window; of the prompt alone."""
+        transformer = self._transformer
+        return Prepared(
+            text=transformer.prepare_text(conditions.prompt),
+            picture=transformer.prepare_picture(conditions.ref_latents),
+            audio=(),
+            face_gate=transformer.prepare_face_masks(conditions.face_mask),
+            scalars=transformer.prepare_scalars(
+                conditions.motion_exp, conditions.motion_pose, conditions.fps
+            ),
+        )
 
     def _text(self, texts: tuple[TextConditions, TextConditions], halves: Sequence[int]) -> PreparedText:
         chosen = [texts[half] for half in halves]
@@ -230,11 +257,15 @@ def denoise_steps(
     settings: SamplerSettings,
     *,
     sequential: bool = False,
+    cache_device: str | None = None,
     state: State | None = None,
 ) -> Iterator[StepResult]:
-    """Every step, or those after a saved `state`; latents keep the noise's dtype."""
+    """Every step, or those after a saved `state`; latents keep the noise's dtype. `cache_device`: where the
+    activations of full steps wait for cached ones, if not where they are computed."""
     windows = ClipWindows.of(conditions.audio.shape[1])
-    guided = GuidedTransformer(transformer, conditions, windows, sequential=sequential)
+    guided = GuidedTransformer(
+        transformer, conditions, windows, sequential=sequential, cache_device=cache_device
+    )
     num_steps = settings.num_inference_steps
     sigmas = flow_sigmas(num_steps, settings.flow_shift)
     cached = cached_steps(settings.step_cache, num_steps)
@@ -244,9 +275,10 @@ def denoise_steps(
         scale = guidance_at(step, num_steps, settings.guidance_scale)
         total, count = torch.zeros_like(latents), latents.new_zeros(windows.num_frames, 1, 1)
         noise_preds = []
+        keep = any(cached[step + 1 : step + 2])
         for number, window in enumerate(windows.at(step)):
             seen = latents[:, :, window.frames]
-            answers = guided(seen, timestep, step, number, window, cached=cached[step])
+            answers = guided(seen, timestep, step, number, window, cached=cached[step], keep=keep)
             noise_preds.append(guide(*answers, scale, settings.latents_dtype))
             moved = euler_step(seen, noise_preds[-1], sigmas[step], sigmas[step + 1])
             total[:, :, window.frames] += moved.to(settings.latents_dtype).to(total.dtype)
@@ -270,6 +302,7 @@ def denoise(
     report: ReportStep,
     *,
     sequential: bool = False,
+    cache_device: str | None = None,
     state: State | None = None,
     save: SaveState | None = None,
     save_every: int = 5,
@@ -286,7 +319,16 @@ def denoise(
     saved_at = 0 if state is None else int(state["step"])
     report(saved_at, num_steps)
     latents = noise
-    for result in denoise_steps(transformer, conditions, noise, settings, sequential=sequential, state=state):
+    steps = denoise_steps(
+        transformer,
+        conditions,
+        noise,
+        settings,
+        sequential=sequential,
+        cache_device=cache_device,
+        state=state,
+    )
+    for result in steps:
         latents, done = result.latents, result.index + 1
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # report what is done, not what is queued

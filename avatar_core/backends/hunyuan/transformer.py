@@ -282,7 +282,8 @@ class HunyuanAvatarTransformer(nn.Module):
         self, latents: Tensor, timestep: Tensor, temb: Tensor, mask: Tensor | None, prepared: Prepared
     ) -> BlockInput:
         picture, text = prepared.picture, prepared.text
-        text_rows = self.context_embedder(text.prompt_embeds, timestep, text.prompt_mask)[:, : text.length]
+        text_rows = self.context_embedder(text.prompt_embeds, timestep, text.prompt_mask)
+        text_rows = _packed(text_rows[:, : text.length])
         video = self.x_embedder(self._as_input(latents)) + picture.residual
         rows = torch.cat([picture.reference.expand(len(video), -1, -1), video], dim=1)
         num_reference = picture.reference.shape[1]
@@ -294,7 +295,7 @@ class HunyuanAvatarTransformer(nn.Module):
                 frames = rows[:, num_reference:].unflatten(1, (-1, num_reference))
                 frames += prepared.face_gate * adapters[index](frames, audio[index])
         for block in self.single_transformer_blocks[:-1]:
-            rows, text_rows = block(rows, text_rows, temb, mask, picture.rotary)
+            rows, text_rows = map(_packed, block(rows, text_rows, temb, mask, picture.rotary))
         return BlockInput(rows[:, :num_reference], rows[:, num_reference:], text_rows)
 
     def _last_block(self, rows: BlockInput, temb: Tensor, mask: Tensor | None, prepared: Prepared) -> Tensor:
@@ -334,6 +335,12 @@ class HunyuanAvatarTransformer(nn.Module):
         dtype = self.x_embedder.proj.weight.dtype
         half = dtype.itemsize < 4
         return torch.autocast(like.device.type, dtype=dtype if half else None, enabled=half)
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """(B, rows, D) as if they were no part of longer ones: compiled blocks serve one layout of memory each.
+    Copies for B > 1 alone."""
+    return rows.flatten(0, 1).unflatten(0, (len(rows), -1))
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ what draws and listens (scipy, librosa) is imported by the methods that use it.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from pydantic import ConfigDict, Field
 from avatar_core import weights
 from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.media.face import Face
-from avatar_core.media.image import fit_size
+from avatar_core.media.image import fit
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _MESH = "face-mesh"
@@ -51,6 +52,8 @@ class PreviewBackend:
     name = "preview"
     label = "procedural preview (no neural network renders these frames)"
     config_type = PreviewConfig
+    max_speakers = 2
+    text_sees_picture = False
     versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
     queues: ClassVar = MappingProxyType(
         {"audio": "cpu", "reference": "cpu", "denoise": "cpu", "decode": "cpu"}
@@ -70,14 +73,17 @@ class PreviewBackend:
     def weights(self, stage: str, config: Any) -> tuple[str, ...]:
         return (_MESH,) if stage == "reference" and config.landmarks == "mesh" else ()
 
-    def size(self, width: int, height: int, max_side: int) -> tuple[int, int]:
-        return fit_size(width, height, max_side)
+    def fit_picture(
+        self, picture: Picture, max_side: int, config: Any
+    ) -> tuple[Picture, tuple[float, float]]:
+        scale = min(1.0, max_side / max(picture.shape[:2]))
+        return fit(picture, max_side), (scale, scale)
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         # A hair less than a whole frame too much is rounding of the sample count, not a frame.
         return max(1, int(np.ceil(duration_s * fps - 1e-3)))
 
-    def load(self, stage: str, config: Any, device: str) -> Any:
+    def load(self, stage: str, config: Any, device: str, memory: str | None) -> Any:
         if self.weights(stage, config):
             return weights.locate(_MESH) / "face_landmark.tflite"
         return None
@@ -98,6 +104,11 @@ class PreviewBackend:
             for name in ("mouth_open", "mouth_wide", "energy")
         }
 
+    def encode_text(
+        self, models: Any, prompt: str, negative_prompt: str | None, picture: Picture | None, config: Any
+    ) -> Tensors:
+        raise NotImplementedError("preview reads no prompt")
+
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
         from avatar_core.backends.preview import contours
 
@@ -115,6 +126,7 @@ class PreviewBackend:
         seed: int,
         config: Any,
         report: ReportStep,
+        unfinished: Path | None,
     ) -> Tensors:
         from avatar_core.backends.preview.motion import Motion, make_motion
         from avatar_core.backends.preview.visemes import Visemes

@@ -1,0 +1,140 @@
+"""A machine with a GPU, clocks and memory meters on it, and tables that are printed line by line."""
+
+import importlib.metadata
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import torch
+from random_models import Size
+from rich.console import Console
+
+from avatar_core.memory import GIB, attention_kernel, free_device_memory
+
+console = Console(width=160, highlight=False)
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: str
+    size: Size
+    repeats: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def attention_kernel(self) -> str:
+        return attention_kernel(self.device, self.dtype, self.size.transformer.attention_head_dim)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], object], repeats: int | None = None) -> float:
+        """Median, after a call that is not counted."""
+        call()
+        times = []
+        for _ in range(repeats or self.repeats):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    @property
+    def memory_gib(self) -> float:
+        return torch.cuda.get_device_properties(self.device).total_memory / GIB if self.on_gpu else 0.0
+
+    def forget_peak(self) -> None:
+        free_device_memory(self.device)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> str:
+        """Allocated, and what torch holds for it."""
+        if not self.on_gpu:
+            return "-"
+        gib = (torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device))
+        return " / ".join(f"{each / GIB:.1f}" for each in gib)
+
+
+@dataclass
+class Report:
+    """Tables by title; lines are printed as they come."""
+
+    deadline: float
+    tables: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    _title: str = ""
+
+    def begin(self, title: str, *columns: str) -> None:
+        self._title = title
+        self.tables[title] = [columns]
+        console.print(f"\n[bold]{title}[/]\n{_line(columns)}")
+
+    def add(self, *cells: str) -> None:
+        self.tables[self._title].append(cells)
+        console.print(_line(cells), markup=False)
+
+    def measure(self, name: str, cells: Callable[[], Sequence[str]], machine: Machine) -> None:
+        """One line, whatever happens."""
+        if time.monotonic() > self.deadline:
+            self.add(name, "left out: time is up (--minutes)")
+            return
+        machine.forget_peak()
+        try:
+            self.add(name, *cells())
+        except torch.OutOfMemoryError:
+            self.add(name, "does not fit into memory")
+        except Exception as error:  # one variant's failure is not that of the others
+            self.add(name, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "  ".join([f"{cells[0]:44}", *(f"{cell:>18}" for cell in cells[1:])])
+
+
+def as_markdown(machine: Machine, report: Report) -> str:
+    lines = ["# HunyuanVideo-Avatar on a GPU", "", *(f"- {line}" for line in about(machine))]
+    for title, (columns, *rows) in report.tables.items():
+        lines += ["", f"## {title}", "", _markdown_row(columns), _markdown_row(["---"] * len(columns))]
+        lines += [_markdown_row([*cells, *[""] * (len(columns) - len(cells))]) for cells in rows]
+    return "\n".join([*lines, ""])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def about(machine: Machine) -> list[str]:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers"))
+    return [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        _gpu(machine),
+        f"Python {platform.python_version()}, {versions}",
+        f"`{shlex.join(['python', 'bench/gpu_hunyuan.py', *sys.argv[1:]])}`",
+    ]
+
+
+def _gpu(machine: Machine) -> str:
+    if not machine.on_gpu:
+        return "CPU, toy size: figures say nothing"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
+    name = torch.cuda.get_device_name(machine.device)
+    return f"{name}, {machine.memory_gib:.0f} GiB, driver {driver}, CUDA {cuda}, cuDNN {cudnn}"

@@ -33,6 +33,7 @@ from avatar_core.stages.decode import DecodeStageConfig
 from avatar_core.stages.denoise import DenoiseStageConfig
 from avatar_core.stages.face import FaceStageConfig
 from avatar_core.stages.reference import ReferenceStageConfig
+from avatar_core.stages.text import TextStageConfig
 from avatar_core.store.key_index import KEY
 from avatar_core.store.keys import (
     canonical_json,
@@ -45,8 +46,8 @@ from avatar_core.store.keys import (
 
 MAX_NAME_BYTES = 120
 RECENT = 4096  # items kept for the rows that follow
-STAGES = ("face", "audio", "reference", "denoise", "decode")
-"""Stages after ingest, in the order in which they run."""
+STAGES = ("face", "audio", "text", "reference", "denoise", "decode")
+"""Stages after ingest, in the order in which they run; a backend may leave `text` out."""
 
 _NUMBER = re.compile(r"(-take\d+)?(-part\d+)?$")
 _NO_KEY = bytes(32)
@@ -103,15 +104,16 @@ class Clips(Sequence[Clip]):
         self.rejected: dict[int, str] = {}  # reasons by clip
         self._nth = array("i")  # among the clips of its row
         self._split = bytearray()  # whether the row has several parts
-        keys = {stage: bytearray() for stage in STAGES}
-        work = {stage: array("d") for stage in STAGES}
+        stages = [stage for stage in STAGES if stage in builder.stages]
+        keys = {stage: bytearray() for stage in stages}
+        work = {stage: array("d") for stage in stages}
         for position, row in enumerate(rows):
             clips = builder.clips(row, self.names[position])
             parts = max(clip.part for clip in clips)
             for nth, clip in enumerate(clips):
                 if clip.error is not None:
                     self.rejected[len(self)] = clip.error
-                for stage in STAGES:
+                for stage in stages:
                     item = clip.items.get(stage)
                     keys[stage] += bytes.fromhex(item.key) if item else _NO_KEY
                     work[stage].append(item.work if item else 0.0)
@@ -121,7 +123,7 @@ class Clips(Sequence[Clip]):
                 self.seed.append(clip.seed or 0)
                 self._nth.append(nth)
                 self._split.append(parts > 0)
-        self.stages = {stage: _stage_items(keys.pop(stage), work.pop(stage)) for stage in STAGES}
+        self.stages = {stage: _stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
 
     def __len__(self) -> int:
         return len(self.position)
@@ -152,7 +154,10 @@ class Clips(Sequence[Clip]):
         return np.append(items.keys, np.zeros(1, KEY))[items.of_clip]
 
     def hex_keys(self, stage: str, start: int = 0, stop: int | None = None) -> list[str | None]:
-        """The same as text for the clips from `start` to before `stop`, None where the row is rejected."""
+        """The same as text for the clips from `start` to before `stop`, None where the row is rejected or
+        the backend has no such stage."""
+        if stage not in self.stages:
+            return [None] * len(range(*slice(start, stop).indices(len(self))))
         items = self.stages[stage]
         of_clip = items.of_clip[start:stop]
         text = items.keys[of_clip[of_clip >= 0]].tobytes().hex()
@@ -198,6 +203,7 @@ class ClipBuilder:
         # Neighbouring rows share pictures, recordings and options.
         self._settings = lru_cache(RECENT)(self._backend_settings)
         self._face = lru_cache(RECENT)(self._face_item)
+        self._text = lru_cache(RECENT)(self._text_item)
         self._audio = lru_cache(RECENT)(self._audio_item)
         self._reference = lru_cache(RECENT)(self._reference_item)
         self._cut = lru_cache(RECENT)(self._cut_segments)
@@ -215,6 +221,11 @@ class ClipBuilder:
             return [Clip(row, name, error=str(error))]
 
     def _takes(self, row: TableRow, name: str) -> Iterator[Clip]:
+        if len(_recordings(row)) > self.backend.max_speakers:
+            raise InputError(
+                f"column `audio_2`: backend {self.backend.name} renders {self.backend.max_speakers} speaker; "
+                "leave it empty or choose a backend for several"
+            )
         segments = self._segments(row)
         seed = row.seed if row.seed is not None else derive_seed(self.config.seed, self._content(row))
         for take in range(self.config.takes):
@@ -232,17 +243,18 @@ class ClipBuilder:
         face = self._face(row.image)
         audio = self._audio(recordings, segment, fps, params)
         reference = self._reference(row.image, len(recordings), row.bbox or (), params)
+        conditions = {"audio": audio, "reference": reference}
+        if "text" in self.stages:
+            conditions["text"] = self._text(row.image, row.prompt or "", row.negative_prompt, params)
 
         settings = self._settings(params)
         denoise_config = DenoiseStageConfig(fps, settings.get("denoise"), seed)
-        denoise = self._item(
-            "denoise", denoise_config, {"audio": audio, "reference": reference}, seed=seed, work=audio.work
-        )
+        denoise = self._item("denoise", denoise_config, conditions, seed=seed, work=audio.work)
         decode_config = self._decode(recordings, segment, fps, params)
         assets = {**reference.assets, **audio.assets}
         inputs = {"reference": reference, "denoise": denoise}
         decode = self._item("decode", decode_config, inputs, assets, work=audio.work)
-        return {"face": face, "audio": audio, "reference": reference, "denoise": denoise, "decode": decode}
+        return {"face": face, **conditions, "denoise": denoise, "decode": decode}
 
     def _face_item(self, image: str) -> ItemSpec:
         limits = self.config.input
@@ -254,6 +266,13 @@ class ClipBuilder:
         config = AudioStageConfig(segment, fps, self.config.audio.silence_db, settings)
         assets = {"audio": tuple(self._asset(uri, "audio") for uri in recordings)}
         return self._item("audio", config, assets=assets, work=segment.duration_s)
+
+    def _text_item(self, image: str, prompt: str, negative_prompt: str | None, params: str) -> ItemSpec:
+        settings = self._settings(params).get("text")
+        if not self.backend.text_sees_picture:
+            return self._item("text", TextStageConfig(prompt, negative_prompt, backend=settings))
+        config = TextStageConfig(prompt, negative_prompt, self.config.video.max_side, settings)
+        return self._item("text", config, assets={"image": (self._asset(image, "image"),)})
 
     def _reference_item(
         self, image: str, speakers: int, boxes: tuple[tuple[float, ...], ...], params: str

@@ -35,8 +35,7 @@ from avatar_core.store.storage import Storage
 MAX_PASSES = 3
 """How often damaged results are computed again before the store itself must be at fault."""
 
-GUESSED_SECONDS = {"face": 0.3, "audio": 0.05, "reference": 0.3, "denoise": 0.01, "decode": 0.5}
-"""Seconds per unit of work where this store has measured none: only sizes shards, never shown."""
+_FACE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,8 @@ def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: O
     """Call `run` to compute what is missing, then publish; again if a stored video turns out damaged."""
     for _ in range(MAX_PASSES):
         run()
+        for stage in batch.stages:
+            compact(batch.storage, stage)
         try:
             published = publish_batch(batch, run_id, observer)
         except StoreError as error:
@@ -120,8 +121,6 @@ def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: O
             observer.warning(f"{error}: computing it again")
             forget(batch, error.keys)
             continue
-        for stage in batch.stages:
-            compact(batch.storage, stage)
         allowed = batch.config.max_failed_fraction
         return Result(published.uri, published.metadata, run_id, allowed)
     raise _unreliable(batch.storage)
@@ -153,18 +152,25 @@ def estimate(batch: Batch) -> dict[str, Estimate]:
     """By stage, from the rates of everything that the store holds."""
     forecast = {}
     for stage, stage_plan in batch.plan().items():
-        work = sum(spec.work for spec in stage_plan.to_do)
+        work = float(stage_plan.to_do.work.sum())
         catalog = batch.results[stage].catalog
         rates = [measured_rate(catalog, column) for column in ("seconds", "bytes")]
         forecast[stage] = Estimate(*(rate if rate is None else rate * work for rate in rates))
     return forecast
 
 
+def seconds_per_work(batch: Batch, stage: str) -> float:
+    """Measured in this store, else guessed: sizes shards, and is never shown."""
+    measured = measured_rate(batch.results[stage].catalog, "seconds")
+    return measured or batch.backend.guessed_seconds.get(stage, _FACE_SECONDS)
+
+
 def measured_rate(catalog: Catalog, column: str) -> float | None:
     """Mean of `column` per unit of work over the finished items."""
     if column not in catalog.table.column_names:
         return None
-    finished = catalog.table.filter(pc.equal(catalog.table["status"], "ok"))
+    table = catalog.table.select(["status", "work", column])
+    finished = table.filter(pc.equal(table["status"], "ok"))
     work, total = pc.sum(finished["work"]).as_py(), pc.sum(finished[column]).as_py()
     return total / work if work and total is not None else None
 
@@ -237,7 +243,7 @@ def _run_stage(
                 raise
             damaged.extend(error.keys)
 
-    seconds = measured_rate(results.catalog, "seconds") or GUESSED_SECONDS[name]
+    seconds = seconds_per_work(batch, name)
     ready = (spec for spec in items if _is_ready(batch, spec))
     pieces = shards(ready, seconds, batch.config.runtime.shard_seconds)
     share_work(batch.storage, results.catalog, pieces, run, on_row=on_row, cancelled=cancelled)

@@ -78,22 +78,22 @@ def make_plan(
     accepted[list(clips.rejected)] = False
     if not accepted.any():
         return {}
-    states = {stage: results[stage].states(clips.stages[stage].keys) for stage in STAGES}
+    states = {stage: results[stage].states(items.keys) for stage, items in clips.stages.items()}
     blocked = np.zeros(len(clips), bool)
     if not retry_failed:
         for stage, of_items in states.items():
             blocked |= _of_clips(clips, stage, of_items == FAILED_FOR_GOOD)
-    wanted = {stage: np.zeros(len(clips), bool) for stage in STAGES}
+    wanted = {stage: np.zeros(len(clips), bool) for stage in states}
     wanted["decode"] = accepted & ~blocked
     inputs = {stage: spec.inputs for stage, spec in clips[int(accepted.argmax())].items.items()}
     plan: dict[str, StagePlan] = {}
-    for stage in reversed(STAGES):
+    for stage in reversed(states):
         cached = states[stage] == OK
         missing = wanted[stage] & ~_of_clips(clips, stage, cached)
         for upstream in inputs[stage]:
             wanted[upstream] |= missing
         plan[stage] = StagePlan(len(cached), int(cached.sum()), _first_items(clips, stage, missing))
-    return {stage: plan[stage] for stage in STAGES}
+    return {stage: plan[stage] for stage in states}
 
 
 def _of_clips(clips: Clips, stage: str, of_items: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -19,20 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gpu_report import Machine, Report, about, as_markdown, console
+from gpu_report import Machine, Report, about, as_markdown, console, lazily
+from gpu_stages import stages
 from random_models import (
     FULL,
     TEXT_ROWS,
     TINY,
     random_conditions,
-    random_encoders,
     random_plain_transformer,
     random_text,
     random_transformer,
-    random_vae,
-    random_whisper,
     shallow,
     to_fp8,
 )
@@ -41,9 +38,7 @@ from torch import Tensor
 from avatar_core.backends.hunyuan.chunked_blocks import run_in_chunks
 from avatar_core.backends.hunyuan.sampling import GuidedTransformer, guide
 from avatar_core.backends.hunyuan.schedules import EARLY_STEPS, ClipWindows, cached_steps
-from avatar_core.backends.hunyuan.text import MAX_TOKENS, picture_text_states
 from avatar_core.backends.hunyuan.transformer import Conditions, TransformerConfig
-from avatar_core.backends.hunyuan.vae import decode_frames, encode_reference
 from avatar_core.memory import (
     ATTENTION_KERNELS,
     LEVELS,
@@ -227,18 +222,6 @@ def begin_speeds(title: str, machine: Machine, report: Report, rate: float) -> S
     return Speeds(machine, report, rate, 2 * flops)
 
 
-def lazily(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """A call that builds what it needs when it is first called, so that a failure is its own."""
-    built: list[Callable[[], object]] = []
-
-    def call() -> object:
-        if not built:
-            built.append(build())
-        return built[0]()
-
-    return call
-
-
 def kernels_of(machine: Machine) -> Iterator[tuple[str, str]]:
     """Every attention kernel and what keeps it from working here, if anything."""
     names = ATTENTION_KERNELS if machine.on_gpu else ("native", "_native_math")
@@ -324,7 +307,7 @@ def differences(machine: Machine, report: Report, _: float) -> None:
     """Of every option from float32, at 9x64x64 with the full width and few blocks."""
     config = shallow(machine.size.transformer)
     report.begin("Difference from float32, 9x64x64", "option", "relative", "max abs")
-    exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    exactly = torch.backends.cudnn.flags(enabled=False)  # convolutions would be in TF32
     with exactly, attention("_native_math"):
         exact = _answer(machine, random_transformer(config, machine.device, torch.float32))
 
@@ -370,61 +353,6 @@ def _answer(machine: Machine, transformer: Any) -> Tensor:
     )
     latents, timestep = normal(1, config.in_channels, 3, 8, 8), torch.tensor([500.0], device=machine.device)
     return transformer(latents, timestep, prepared).sample
-
-
-# --- other stages
-
-
-@torch.no_grad()
-def stages(machine: Machine, report: Report, _: float) -> None:
-    """Models at random weights; building them is not counted."""
-    report.begin("Other stages", "what", "s", "peak GiB")
-    machine.forget_peak()
-    half = torch.float16 if machine.on_gpu else torch.float32
-    works = {
-        "Whisper: 30 s of sound": lambda: _whisper(machine),
-        "LLaVA and CLIP: one prompt": lambda: _text(machine, half),
-        "VAE: picture to latents": lambda: _encode(machine, half),
-        "VAE: latents to 129 frames": lambda: _decode(machine, half),
-    }
-    for name, build in works.items():
-
-        def cells(build: Callable[[], Callable[[], object]] = build) -> list[str]:
-            return [f"{machine.seconds(lazily(build)):.3f}", machine.peak()]
-
-        report.measure(name, cells, machine)
-
-
-def _whisper(machine: Machine) -> Callable[[], object]:
-    encoder = random_whisper(machine.size, machine.device)
-    features = torch.randn(1, machine.size.whisper.num_mel_bins, 3000, device=machine.device)
-    return lambda: encoder(features, output_hidden_states=True)
-
-
-def _text(machine: Machine, dtype: torch.dtype) -> Callable[[], object]:
-    llava, clip = random_encoders(machine.size, machine.device, dtype)
-    config = machine.size.llava
-    ids = torch.arange(MAX_TOKENS, device=machine.device)[None] % 900
-    ids[0, 200] = config.image_token_index
-    side = config.vision_config.image_size
-    pixels = torch.randn(1, 3, side, side, device=machine.device, dtype=dtype)
-    mask = torch.ones_like(ids)
-    words = ids[:, :77]
-    return lambda: [picture_text_states(llava, ids, mask, pixels), clip(words)]
-
-
-def _encode(machine: Machine, dtype: torch.dtype) -> Callable[[], object]:
-    vae = random_vae(machine.size, machine.device, dtype)
-    random = np.random.default_rng(0)
-    picture = random.integers(0, 256, (machine.size.height, machine.size.width, 3), dtype=np.uint8)
-    return lambda: encode_reference(vae, picture, None)
-
-
-def _decode(machine: Machine, dtype: torch.dtype) -> Callable[[], object]:
-    """To pixels in main memory, as the encoder of the file takes them."""
-    vae = random_vae(machine.size, machine.device, dtype)
-    latents = torch.randn(machine.size.latent_shape)
-    return lambda: sum(1 for _ in decode_frames(vae, latents, 129))
 
 
 # --- where the time goes

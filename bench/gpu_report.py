@@ -105,6 +105,18 @@ def _line(cells: Sequence[str]) -> str:
     return "  ".join([f"{cells[0]:44}", *(f"{cell:>18}" for cell in cells[1:])])
 
 
+def lazily(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A call that builds what it needs when it is first called, so that a failure is its own."""
+    built: list[Callable[[], object]] = []
+
+    def call() -> object:
+        if not built:
+            built.append(build())
+        return built[0]()
+
+    return call
+
+
 def as_markdown(machine: Machine, report: Report) -> str:
     lines = ["# HunyuanVideo-Avatar on a GPU", "", *(f"- {line}" for line in about(machine))]
     for title, (columns, *rows) in report.tables.items():

@@ -15,7 +15,7 @@ from typing import Any
 from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.config import Config
 from avatar_core.errors import BackendError, Cancelled, StoreError
-from avatar_core.pipeline import GUESSED_SECONDS, MAX_PASSES, consumed_rows, measured_rate
+from avatar_core.pipeline import MAX_PASSES, consumed_rows, seconds_per_work
 from avatar_core.progress import Observer
 from avatar_core.schedule import Schedule, Shard, StageInfo
 from avatar_core.stages.base import ItemSpec
@@ -35,7 +35,14 @@ MAX_GIVEN_UP = 3
 RETRY_DELAY_S = 2.0  # the first; each further one is four times as long
 POLL_S = 0.2
 
-NOUNS = {"face": "picture", "reference": "picture", "audio": "recording", "denoise": "clip", "decode": "clip"}
+NOUNS = {
+    "face": "picture",
+    "audio": "recording",
+    "text": "prompt",
+    "reference": "picture",
+    "denoise": "clip",
+    "decode": "clip",
+}
 
 Submit = Callable[[str, str, str, Callable[[], JobResult]], None]
 """`submit(stage, queue, label, call)` has `call` made in a thread of its own, and returns at once."""
@@ -194,7 +201,7 @@ class Coordinator:
 
     def _stage_info(self, name: str) -> StageInfo:
         stage = self.batch.stages[name]
-        seconds = measured_rate(self.batch.results[name].catalog, "seconds") or GUESSED_SECONDS[name]
+        seconds = seconds_per_work(self.batch, name)
         loads = stage.weights(self._work.example(name).config)
         return StageInfo(name, "gpu" if stage.queue == "gpu" else "cpu", name if loads else "", seconds)
 

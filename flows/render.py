@@ -44,6 +44,7 @@ from tasks.shards import reuse, show_shard
 log = logging.getLogger(__name__)
 
 UPDATE_INTERVAL_S = 2.0
+MAX_SHOWN_AT_ONCE = 32  # task runs; each takes a thread until its shard has ended
 SETTLE_S = 15.0  # without a word from the last task runs
 SEND_TIMEOUT_S = 10.0
 FAILURES_SHOWN = 500
@@ -63,7 +64,7 @@ def handed_over(execution: Execution) -> Iterator[None]:
 
 @flow(
     name="render-dataset",
-    task_runner=ThreadPoolTaskRunner(),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_SHOWN_AT_ONCE),  # type: ignore[arg-type]
     persist_result=False,
 )
 def render_dataset(

@@ -33,6 +33,9 @@ class Backend(Protocol):
     `versions` names the stages that the backend takes part in, each with the integer that is raised
     whenever its output changes for the same input.
 
+    `guessed_seconds` are those that a stage takes per item, or per second of video where it makes clips,
+    for as long as a store has not measured them; one of them decides how many items a shard holds.
+
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.
     """
@@ -43,6 +46,7 @@ class Backend(Protocol):
     config_type: type
     versions: Mapping[str, int]
     queues: Mapping[str, str]
+    guessed_seconds: Mapping[str, float]
     max_speakers: int
     text_sees_picture: bool
 

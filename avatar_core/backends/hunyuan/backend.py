@@ -32,6 +32,9 @@ class HunyuanBackend:
     label = "HunyuanVideo-Avatar"
     config_type = HunyuanConfig
     versions: ClassVar = MappingProxyType(dict.fromkeys(_STAGES, 1))
+    guessed_seconds: ClassVar = MappingProxyType(
+        {"audio": 0.1, "text": 5.0, "reference": 5.0, "denoise": 100.0, "decode": 5.0}
+    )
     max_speakers = 1
     text_sees_picture = True
 

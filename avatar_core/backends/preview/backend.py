@@ -52,6 +52,9 @@ class PreviewBackend:
     name = "preview"
     label = "procedural preview (no neural network renders these frames)"
     config_type = PreviewConfig
+    guessed_seconds: ClassVar = MappingProxyType(
+        {"audio": 0.05, "reference": 0.3, "denoise": 0.01, "decode": 0.5}
+    )
     max_speakers = 2
     text_sees_picture = False
     versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})

@@ -31,8 +31,7 @@ _USABLE = 0.91  # of the memory in a card's name is there at least
 class Level:
     """`device_gb`: memory of the device it is meant for. `offload`: blocks wait in main memory, and with
     `prefetch` the next one moves in while one computes. `row_chunks`: blocks run on a part of their rows at a
-    time where they can. `split_guidance`: the two halves of guidance run one after the other. `keep_models`:
-    models of other stages stay loaded beside."""
+    time where they can. `split_guidance`: the two halves of guidance run one after the other."""
 
     name: str
     device_gb: int
@@ -40,12 +39,11 @@ class Level:
     prefetch: bool = False
     row_chunks: bool = False
     split_guidance: bool = False
-    keep_models: bool = False
     compile: bool = False
 
 
 LEVELS = (
-    Level("h200", 140, keep_models=True, compile=True),
+    Level("h200", 140, compile=True),
     Level("80gb", 80, compile=True),
     Level("48gb", 48, split_guidance=True, compile=True),
     Level("24gb", 24, split_guidance=True, offload=True, prefetch=True, row_chunks=True),

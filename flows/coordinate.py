@@ -16,7 +16,7 @@ from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.config import Config
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import MAX_PASSES, consumed_rows, seconds_per_work
-from avatar_core.progress import Observer
+from avatar_core.progress import Observer, StepClock
 from avatar_core.schedule import Schedule, Shard, StageInfo
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.arrivals import Row
@@ -33,6 +33,7 @@ MAX_DEATHS = 3
 MAX_GIVEN_UP = 3
 """Shards in a row that no retry could save before the run ends: then nothing works, not only they."""
 RETRY_DELAY_S = 2.0  # the first; each further one is four times as long
+STEPS_LOGGED_S = 30.0  # between two lines on how far a long item is
 POLL_S = 0.2
 
 NOUNS = {
@@ -44,7 +45,9 @@ NOUNS = {
     "decode": "clip",
 }
 
-Submit = Callable[[str, str, str, Callable[[], JobResult]], None]
+Call = Callable[[Callable[[], None]], JobResult]
+"""`call(on_start)` waits for a shard; `on_start` is called when its turn on the queue has come."""
+Submit = Callable[[str, str, str, Call], None]
 """`submit(stage, queue, label, call)` has `call` made in a thread of its own, and returns at once."""
 
 
@@ -286,13 +289,13 @@ class Coordinator:
 
     # --- in a thread of `submit`
 
-    def _call(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
+    def _call(self, shard: Shard, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
         try:
             taken = self._sharing.take(shard.stage, [item.key for job in jobs for item in job.items])
             try:
                 if taken.others:
                     self._events.put(partial(self._divide, shard, taken))
-                result = self._run(shard, _left(jobs, taken))
+                result = self._run(shard, _left(jobs, taken), on_start)
             finally:
                 self._sharing.release(taken)
         except BaseException as error:
@@ -301,10 +304,20 @@ class Coordinator:
         self._events.put(partial(self._ended, shard, result))
         return replace(result, rows=(*map(dict, taken.found.values()), *result.rows))
 
-    def _run(self, shard: Shard, jobs: Sequence[Job]) -> JobResult:
+    def _run(self, shard: Shard, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
         """Runs the jobs until one goes wrong for good; its result has the rows of all."""
         rows: list[dict[str, Any]] = []
         result = JobResult()
+        clock, told_s = StepClock(), time.monotonic()
+
+        def progressed(key: str, done: int, total: int) -> None:
+            nonlocal told_s
+            self._events.put(partial(self._observer.item_progress, shard.stage, key, done, total))
+            text = clock.text(key, done, total)
+            if text and time.monotonic() - told_s >= STEPS_LOGGED_S:
+                told_s = time.monotonic()
+                log.info("%s", text, extra={"item_key": key})
+
         for job in jobs:
             for attempt in range(self._settings.retries + 1):
                 if self._stopping.is_set():
@@ -313,7 +326,8 @@ class Coordinator:
                 result = self._queues[shard.queue].run(
                     job,
                     item_timeout_s=self._settings.item_timeout_s,
-                    on_progress=partial(self._progressed, shard.stage),
+                    on_start=on_start,
+                    on_progress=progressed,
                 )
                 rows += result.rows
                 if not passes_by_itself(result) or attempt == self._settings.retries:
@@ -324,9 +338,6 @@ class Coordinator:
             if result.error or result.cancelled:
                 break
         return replace(result, rows=tuple(rows))
-
-    def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
-        self._events.put(partial(self._observer.item_progress, stage, key, done, total))
 
     # --- what other runs do
 

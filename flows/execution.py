@@ -17,7 +17,7 @@ from typing import NamedTuple
 from avatar_core.batch import Batch
 from avatar_core.pipeline import Result, finish_batch
 from avatar_core.progress import Observer
-from flows.coordinate import Coordinator, RunSettings, run_settings
+from flows.coordinate import Call, Coordinator, RunSettings, run_settings
 from flows.queues import JobResult, LocalQueues
 
 
@@ -32,12 +32,19 @@ class ShardRun:
     """A shard on its queue."""
 
     def __init__(
-        self, stage: str, queue: str, label: str, call: Callable[[], JobResult], on_end: Callable[[], None]
+        self,
+        stage: str,
+        queue: str,
+        label: str,
+        call: Call,
+        on_start: Callable[["ShardRun"], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.stage, self.queue, self.label = stage, queue, label
-        self._call, self._on_end = call, on_end
+        self._call, self._on_start, self._on_end = call, on_start, on_end
         self._lines: SimpleQueue[Line | None] = SimpleQueue()
         self._outcome: Future[JobResult] = Future()
+        self._begun = False
 
     def start(self) -> None:
         threading.Thread(target=self._run, name=self.label, daemon=True).start()
@@ -56,12 +63,18 @@ class ShardRun:
     def _run(self) -> None:
         _shard_at_hand.set(self)
         try:
-            self._outcome.set_result(self._call())
+            self._outcome.set_result(self._call(self._begin))
         except BaseException as error:
             self._outcome.set_exception(error)
         finally:
             self._lines.put(None)
+            self._begin()
             self._on_end()
+
+    def _begin(self) -> None:
+        if not self._begun:  # a second try is part of the first
+            self._begun = True
+            self._on_start(self)
 
 
 _shard_at_hand: ContextVar[ShardRun] = ContextVar("shard_at_hand")
@@ -108,7 +121,7 @@ class Execution:
         self._reasons_to_stop.append(reason)
 
     def news(self) -> Iterator[ShardRun | Line]:
-        """Shards as they are given to the queues, and what is logged beside them; for one reader."""
+        """Shards as their turn comes, and what is logged beside them; for one reader."""
         return iter(self._news.get, None)
 
     def wait_until_under_way(self, timeout_s: float) -> None:
@@ -141,10 +154,8 @@ class Execution:
     def _should_stop(self) -> bool:
         return any(reason() for reason in self._reasons_to_stop)
 
-    def _submit(self, stage: str, queue: str, label: str, call: Callable[[], JobResult]) -> None:
-        shard = ShardRun(stage, queue, label, call, self._under_way.set)
-        shard.start()
-        self._news.put(shard)
+    def _submit(self, stage: str, queue: str, label: str, call: Call) -> None:
+        ShardRun(stage, queue, label, call, self._news.put, self._under_way.set).start()
 
     @contextmanager
     def _logs_heard(self) -> Iterator[None]:

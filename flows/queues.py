@@ -100,6 +100,10 @@ class _End(Enum):
     LOST_WITH_ANOTHER = auto()
 
 
+def _show_no_start() -> None:
+    pass
+
+
 def _show_no_progress(key: str, done: int, total: int) -> None:
     pass
 
@@ -151,20 +155,22 @@ class LocalQueue:
         job: Job,
         *,
         item_timeout_s: float,
+        on_start: Callable[[], None] = _show_no_start,
         on_progress: OnProgress = _show_no_progress,
         on_row: OnRow = _show_no_row,
     ) -> JobResult:
         """Blocks until the shard has ended; shards of several threads take turns.
 
-        `on_row` shows an item as it ends, before its commit and without the place of its tensors. The child
-        is given up after `item_timeout_s` without a word, in which the models must be loaded, an item must
-        report and the shard be committed.
+        `on_start` tells that its turn has come. `on_row` shows an item as it ends, before its commit and
+        without the place of its tensors. The child is given up after `item_timeout_s` without a word, in
+        which the models must be loaded, an item must report and the shard be committed.
         """
         with self._changing:
             self._numbers += 1
             number = self._numbers
         with ExitStack() as turn:
             turn.enter_context(self._turn)
+            on_start()
             child = None if number <= self._cancelled[0] else self._living_child()
             if child is None:
                 result = JobResult(cancelled=True)

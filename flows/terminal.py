@@ -1,5 +1,6 @@
 """What a run looks like: live bars in a terminal, plain lines elsewhere."""
 
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -21,9 +22,10 @@ from rich.text import Text
 
 from avatar_core.batch import Batch
 from avatar_core.pipeline import Estimate, Result
-from avatar_core.progress import Observer
+from avatar_core.progress import Observer, StepClock
 
 ROWS_SHOWN = 40
+STEPS_TOLD_S = 30.0
 
 
 class View(Observer, Protocol):
@@ -39,12 +41,15 @@ def create_view(console: Console) -> View:
 
 
 class PlainView:
-    """One line per stage, failure and warning; a count every ten per cent of a long stage."""
+    """One line per stage, failure and warning; a count every ten per cent of a long stage, and now and then
+    how far a long clip is."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._done: dict[str, int] = {}
         self._to_do: dict[str, int] = {}
+        self._clock = StepClock()
+        self._told_s = time.monotonic()
 
     def __enter__(self) -> "PlainView":
         return self
@@ -57,9 +62,13 @@ class PlainView:
         self._line(f"{stage}: {to_do} to do, {cached} of {items} cached")
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
-        pass
+        text = self._clock.text(key, done, total)
+        if text and stage == "denoise" and time.monotonic() - self._told_s >= STEPS_TOLD_S:
+            self._told_s = time.monotonic()
+            self._line(f"{stage}: {text}")
 
     def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+        self._clock.end(row["key"])
         self._done[stage] += 1
         done, to_do = self._done[stage], self._to_do[stage]
         if row["status"] == "failed":
@@ -102,6 +111,7 @@ class LiveView:
         self._failed: dict[str, int] = {}
         self._whole: dict[str, int] = {}
         self._cached: dict[str, int] = {}
+        self._clock = StepClock()
 
     def __enter__(self) -> "LiveView":
         self.progress.start()
@@ -121,9 +131,11 @@ class LiveView:
             self.progress.update(self._tasks[stage], completed=items, total=items, note="all cached")
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
-        self._show(stage, min(done / max(total, 1), 0.99))
+        text = self._clock.text(key, done, total)
+        self._show(stage, min(done / max(total, 1), 0.99), text if stage == "denoise" else "")
 
     def item_ended(self, stage: str, row: dict[str, Any]) -> None:
+        self._clock.end(row["key"])
         self._whole[stage] += 1
         if row["status"] == "failed":
             self._failed[stage] += 1
@@ -136,8 +148,8 @@ class LiveView:
     def warning(self, message: str) -> None:
         self.progress.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
-    def _show(self, stage: str, fraction: float) -> None:
-        notes = []
+    def _show(self, stage: str, fraction: float, now: str = "") -> None:
+        notes = [now] if now else []
         if self._cached[stage]:
             notes.append(f"{self._cached[stage]} cached")
         if self._failed[stage]:

@@ -67,9 +67,9 @@ class Run:
             batch, run_id, lambda: self.coordinator.run(self.queues, self._submit, cancelled), self.watcher
         )
 
-    def _submit(self, stage: str, queue: str, label: str, call: Callable[[], Any]) -> None:
+    def _submit(self, stage: str, queue: str, label: str, call: Callable[[Callable[[], None]], Any]) -> None:
         self.submitted.append((stage, queue, label))
-        self.pool.submit(call)
+        self.pool.submit(call, lambda: None)
 
 
 @pytest.fixture

@@ -55,13 +55,21 @@ def test_what_is_logged_is_with_its_shard_or_with_the_run(inputs: Path, tmp_path
 
 def test_lines_are_read_once_and_end_with_the_shard() -> None:
     told = threading.Event()
-    shard = ShardRun("decode", "cpu-0", "decode 0001", JobResult, told.set)
+    begun: list[ShardRun] = []
+
+    def call(on_start: Callable[[], None]) -> JobResult:
+        on_start()
+        on_start()
+        return JobResult()
+
+    shard = ShardRun("decode", "cpu-0", "decode 0001", call, begun.append, told.set)
     shard.tell(Line(20, "begins"))
     shard.start()
     assert told.wait(60)
     assert [line.text for line in shard.lines()] == ["begins"]
     assert list(shard.lines()) == []
     assert shard.result() == JobResult()
+    assert begun == [shard]
 
 
 def test_an_error_of_whoever_shows_it_stops_the_work(rendered: Rendered, tmp_path: Path) -> None:

@@ -80,18 +80,18 @@ class HunyuanBackend:
         hide_broken_packages()
         if stage == "denoise":
             return self._load_denoiser(config, device, memory)
+        if stage == "text":
+            return _load_text_encoder(weights.locate(self.weights(stage, config)[0]).parent, device, memory)
         folders = {name.rpartition("/")[2]: weights.locate(name) for name in self.weights(stage, config)}
         if stage == "audio":
             return WhisperEncoder(folders["whisper"], device)
-        if stage == "text":
-            return _load_text_encoder(folders["llava"].parent, device)
         vae = _load_vae(folders["vae"], device)
         if stage == "decode":
             return vae
         return TorchScriptFaceDetector(folders["detector"] / "detface.pt"), vae
 
     def memory_levels(self, stage: str, device: str) -> tuple[str, ...]:
-        if stage != "denoise":
+        if stage not in ("text", "denoise"):
             return ()
         from avatar_core.memory import LEVEL_NAMES, fitting_level
 
@@ -183,12 +183,15 @@ def _face_box(found: Sequence[Face], chosen: Sequence[Face], *, parity: bool) ->
     return hits[0] if hits else box
 
 
-def _load_text_encoder(folder: Path, device: str) -> Any:
+def _load_text_encoder(folder: Path, device: str, memory: str | None) -> Any:
     import torch
 
     from avatar_core.backends.hunyuan.text import TextEncoder
+    from avatar_core.memory import fitting_level, get_level
 
-    return TextEncoder(folder, device, torch.float16 if device.startswith("cuda") else torch.float32)
+    level = get_level(memory) if memory else fitting_level(device)
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    return TextEncoder(folder, device, dtype, level)
 
 
 def _load_vae(folder: Path, device: str) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from avatar_core.backends.base import ReportStep
+from avatar_core.backends.hunyuan.chunked_blocks import run_in_chunks
 from avatar_core.backends.hunyuan.config import DenoiseConfig
 from avatar_core.backends.hunyuan.official import load_transformer
 from avatar_core.backends.hunyuan.sampling import (
@@ -44,6 +45,8 @@ class ClipDenoiser:
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
         self._transformer = load_transformer(weights, waits, self._dtype)
         place(self._transformer, level, device)
+        if level.row_chunks:
+            run_in_chunks(self._transformer)
         compile_blocks(self._transformer, level, device)
         self._kernel = attention_kernel(device, self._dtype, self._transformer.config.attention_head_dim)
 
@@ -71,6 +74,7 @@ class ClipDenoiser:
                 SamplerSettings.from_config(config),
                 report,
                 sequential=self._level.split_guidance,
+                cache_device="cpu" if self._level.offload else None,
                 state=_read_state(unfinished) if unfinished and keep else None,
                 save=(lambda state: _write_state(unfinished, state)) if unfinished and keep else None,
                 save_every=config.checkpoint_steps,

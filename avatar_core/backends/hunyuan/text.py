@@ -10,6 +10,7 @@ from torch import Tensor
 from avatar_core.backends.hunyuan.picture import Picture, llava_pixels
 from avatar_core.backends.hunyuan.pretrained import load_clip_text, load_llava, load_tokenizer
 from avatar_core.errors import InputError, WeightsError
+from avatar_core.memory import LEVELS, Level, place
 
 IMAGE_TOKEN = "<image>"
 PICTURE_WORDS = f"\nThe person looks like{IMAGE_TOKEN}"
@@ -23,8 +24,8 @@ CLIP_MAX_TOKENS = 77
 class TextEncoder:
     """`folder` holds the official `llava_llama_image` and `text_encoder_2`."""
 
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
-        self._llava = LlavaEncoder(folder / "llava_llama_image", device, dtype)
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype, level: Level = LEVELS[0]) -> None:
+        self._llava = LlavaEncoder(folder / "llava_llama_image", device, dtype, level)
         self._clip = ClipEncoder(folder / "text_encoder_2", device, dtype)
 
     def encode(self, prompt: str, picture: Picture) -> dict[str, Tensor]:
@@ -39,9 +40,10 @@ class TextEncoder:
 
 
 class LlavaEncoder:
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype, level: Level = LEVELS[0]) -> None:
         self._tokenizer = load_tokenizer(folder)
-        self._model = load_llava(folder, device, dtype)
+        self._model = load_llava(folder, "cpu" if level.offload else device, dtype)
+        place(self._model, level, device, ("language_model.layers",))
         self._check_ids(folder)
 
     def encode(self, prompt: str, picture: Picture) -> tuple[Tensor, Tensor]:

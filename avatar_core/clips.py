@@ -164,6 +164,11 @@ class Clips(Sequence[Clip]):
         keys = (text[at : at + 64] for at in range(0, len(text), 64))
         return [next(keys) if known else None for known in (of_clip >= 0).tolist()]
 
+    def name_of_item(self, stage: str, key: str) -> str:
+        """The name of the first clip that needs an item."""
+        items = self.stages[stage]
+        return self.name(int(items.first[np.searchsorted(items.keys, np.array(bytes.fromhex(key), KEY))]))
+
     def row_column(self, name: str, start: int, stop: int) -> list[Any]:
         """A field of their rows for the clips from `start` to before `stop`."""
         positions = self.position[start:stop]

@@ -176,8 +176,7 @@ class Coordinator:
         """The first clip that needs an item which is being worked on."""
         for flight in list(self._in_flight.values()):
             if key in flight.numbers:
-                keys = self.batch.clips.keys(flight.shard.stage)
-                return self.batch.clips[int((keys == bytes.fromhex(key)).argmax())].name
+                return self.batch.clips.name_of_item(flight.shard.stage, key)
         return None
 
     # --- planning

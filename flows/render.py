@@ -27,7 +27,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from slugify import slugify
 
-from avatar_core.batch import open_batch, open_storage
+from avatar_core.batch import Batch, open_batch, open_storage
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
 from avatar_core.pipeline import Result, record_run
@@ -116,7 +116,7 @@ def _opened(config: Config, cancelled: Callable[[], bool]) -> Execution:
 
 def _show(execution: Execution) -> State[Any]:
     """Until the work has ended, and with what came of it."""
-    shown = _TaskRuns(execution.batch.backend.name)
+    shown = _TaskRuns(execution.batch)
     shown.add_reused(execution.reused)
     with _Monitor(execution):
         for news in execution.news():
@@ -179,8 +179,9 @@ def _log_to_run(lines: Iterable[Line]) -> None:
 class _TaskRuns:
     """Those still on their way to the server when the flow returns would be cancelled: `settle` first."""
 
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
+    def __init__(self, batch: Batch) -> None:
+        self._clips = batch.clips
+        self._backend = batch.backend.name
         self._open: set[PrefectFuture[Any]] = set()
         self._unread: set[ShardRun] = set()
 
@@ -195,7 +196,7 @@ class _TaskRuns:
         def until_it_ends() -> State[Any]:
             self._unread.discard(shard)
             _log_to_run(shard.lines())
-            return _shard_state(shard.result())
+            return self._state(shard.stage, shard.result())
 
         self._unread.add(shard)
         with tags(shard.stage, shard.queue, self._backend):
@@ -209,20 +210,20 @@ class _TaskRuns:
         for shard in list(self._unread):  # the server was away
             _log_to_run(shard.lines())
 
+    def _state(self, stage: str, result: JobResult) -> State[Any]:
+        failed = [row for row in result.rows if row["status"] == "failed"]
+        if result.cancelled:
+            return CancelledState(message=f"{counted('item', len(result.rows))} kept")
+        if result.error:
+            return Failed(message=result.error)
+        if failed:
+            name, error = self._clips.name_of_item(stage, failed[0]["key"]), failed[0]["error"]
+            return Failed(message=f"{name}: {error} ({len(failed)} of {len(result.rows)} items failed)")
+        return Completed(message=counted("item", len(result.rows)))
+
     def _keep(self, future: PrefectFuture[Any]) -> None:
         self._open.add(future)
         future.add_done_callback(self._open.discard)
-
-
-def _shard_state(result: JobResult) -> State[Any]:
-    failed = [row for row in result.rows if row["status"] == "failed"]
-    if result.cancelled:
-        return CancelledState(message=f"{counted('item', len(result.rows))} kept")
-    if result.error:
-        return Failed(message=result.error)
-    if failed:
-        return Failed(message=f"{len(failed)} of {len(result.rows)} items failed: {failed[0]['error']}")
-    return Completed(message=counted("item", len(result.rows)))
 
 
 @contextmanager

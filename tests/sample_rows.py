@@ -19,6 +19,8 @@ from avatar_core.progress import Silent
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
+PREVIEW_STAGES = ("face", "audio", "reference", "denoise", "decode")
+
 RunAvatar = Callable[..., tuple[int, str]]
 """`run("render", table, ...)` gives the exit code and what was printed."""
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from avatar_core.batch import open_batch
-from avatar_core.clips import STAGES, clip_names, cut, slug
+from avatar_core.clips import clip_names, cut, slug
 from avatar_core.config import Config, parse
 from avatar_core.errors import InputError
 from avatar_core.media.table import parse_rows
+from tests.sample_rows import PREVIEW_STAGES
 
 # --- names
 
@@ -132,7 +133,7 @@ def case_name(value: Any) -> str:
 
 
 def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
-    assert first.keys() == second.keys() == set(STAGES)
+    assert first.keys() == second.keys() == set(PREVIEW_STAGES)
     return {stage for stage in first if first[stage] != second[stage]}
 
 

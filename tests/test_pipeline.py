@@ -12,11 +12,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from avatar_core.clips import STAGES
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError, InputError, StoreError
 from avatar_core.pipeline import Result, render, rerun
 from tests.sample_rows import (
+    PREVIEW_STAGES,
     Rendered,
     Watcher,
     attempts,
@@ -98,7 +98,7 @@ def test_the_sound_of_a_video_is_its_recording(rendered: Rendered) -> None:
 
 
 def test_pictures_times_recordings_cost_each_picture_and_recording_once(rendered: Rendered) -> None:
-    counts = {stage: len(attempts(rendered.store, stage)) for stage in ("ingest", *STAGES)}
+    counts = {stage: len(attempts(rendered.store, stage)) for stage in ("ingest", *PREVIEW_STAGES)}
     assert counts == {"ingest": 4, "face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
 
 
@@ -317,7 +317,7 @@ def test_rerun_computes_a_stage_and_all_after_it(
     config = parse(Config, {"storage": {"root": str(store)}})
     expect_same(rerun(config, "batch", stage=stage, observer=watcher), rendered)
     assert watcher.counts == counts
-    for name in STAGES:
+    for name in PREVIEW_STAGES:
         done = attempts(store, name)
         assert (done["status"] == "ok").sum() == len(attempts(rendered.store, name)) + counts.get(name, 0)
 

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from avatar_core.batch import Batch, open_batch
-from avatar_core.clips import STAGES
 from avatar_core.plan import first_failure, shards
 from avatar_core.stages.base import ItemSpec
-from tests.sample_rows import Rendered
+from tests.sample_rows import PREVIEW_STAGES, Rendered
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def to_do(batch: Batch, retry_failed: bool = False) -> dict[str, int]:
 
 def test_an_empty_store_needs_every_item_once(fresh: Batch) -> None:
     plan = fresh.plan()
-    assert list(plan) == list(STAGES)
+    assert list(plan) == list(PREVIEW_STAGES)
     assert to_do(fresh) == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
     assert {stage: p.items for stage, p in plan.items()} == to_do(fresh)
     assert {p.cached for p in plan.values()} == {0}

@@ -5,7 +5,9 @@ use it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.backends.hunyuan.audio import WhisperEncoder, clip_windows, num_rows, parity_num_frames
 from avatar_core.backends.hunyuan.config import HunyuanConfig
 from avatar_core.backends.hunyuan.picture import face_mask, fit_picture, latent_mask
+from avatar_core.errors import WeightsError
 from avatar_core.media.face import Face, choose
 from avatar_core.media.face_torchscript import TorchScriptFaceDetector
 from avatar_core.optional_packages import hide_broken_packages
@@ -45,11 +48,20 @@ class HunyuanBackend:
         self.queues: Mapping[str, str] = dict.fromkeys(_STAGES, heavy) | {"audio": "cpu"}
 
     def resolve(self) -> "HunyuanBackend":
-        for stage in _STAGES:
-            for name in self.weights(stage, getattr(self.config, stage)):
-                if self.config.checkpoint == _TINY and not weights.present(name):
-                    _write_tiny()
-                weights.locate(name)
+        checkpoint = self.config.checkpoint
+        used = [name for stage in _STAGES for name in self.weights(stage, getattr(self.config, stage))]
+        names = list(dict.fromkeys(used))
+        if checkpoint == _TINY and not all(map(weights.present, names)):
+            _write_tiny()
+        absent = [name for name in names if not weights.present(name)]
+        if len(absent) > 1:
+            parts = ", ".join(name.partition("/")[2] for name in absent)
+            raise WeightsError(
+                f"weights {checkpoint!r}: {parts} not found in {weights.folder() / checkpoint}; "
+                f"run: {weights.remedy(checkpoint)}"
+            )
+        for name in names:
+            weights.locate(name)
         return self
 
     def weights(self, stage: str, config: Any) -> tuple[str, ...]:
@@ -203,6 +215,15 @@ def _load_vae(folder: Path, device: str) -> Any:
 
 
 def _write_tiny() -> None:
+    """Where there is none yet, whole or not at all: a run may be killed, or another be at the same."""
     from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 
-    write_tiny_checkpoint(weights.folder() / _TINY)
+    folder = weights.folder() / _TINY
+    if folder.exists():
+        write_tiny_checkpoint(folder)
+        return
+    with suppress(OSError):  # if it is then absent, its finder says so
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as scratch:
+            write_tiny_checkpoint(Path(scratch) / _TINY)
+            (Path(scratch) / _TINY).rename(folder)

@@ -1,15 +1,16 @@
 """The transformer on its device, from the stored conditions of a clip to its latents."""
 
 import logging
+import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from avatar_core.backends.base import ReportStep
@@ -32,6 +33,8 @@ from avatar_core.memory import Level, attention, attention_kernel, compile_block
 log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_CHECKSUM_BYTES = sha256().digest_size
 
 
 class ClipDenoiser:
@@ -115,20 +118,27 @@ class ClipDenoiser:
 
 
 def _read_state(path: Path) -> State | None:
-    if not path.exists():
-        return None
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        log.warning("%s is damaged and ignored: %s", path.name, error)
+        content = path.read_bytes()
+    except FileNotFoundError:
         return None
+    checksum, tensors = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+    if sha256(tensors).digest() != checksum:
+        log.warning("%s is damaged and ignored: the clip begins anew", path)
+        return None
+    state = load(tensors)
     log.info("going on after step %d", int(state["step"]))
     return state
 
 
 def _write_state(path: Path, state: State) -> None:
-    """In one rename, so that a kill leaves the former state."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh)
-    fresh.replace(path)
+    """In one rename, so that a kill leaves the former state. A full disk costs the state, not the clip."""
+    tensors = save({name: tensor.contiguous() for name, tensor in state.items()})
+    fresh = path.with_suffix(f".{os.getpid()}")  # a run on another store may be at the same clip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_bytes(sha256(tensors).digest() + tensors)
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        log.warning("how far the clip is cannot be kept: %s", error)

@@ -27,7 +27,8 @@ _SHOWN = 3
 
 
 class Fp8Linear(nn.Module):
-    """`weight` float8 (out, in), `scale` a number, `bias` (out,); computes in bfloat16."""
+    """`weight` float8 (out, in), `scale` a number, `bias` (out,); computes in bfloat16, answers in the dtype
+    of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -41,7 +42,8 @@ class Fp8Linear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = self.bias.to(COMPUTE_DTYPE)
-        return nn.functional.linear(hidden_states.to(COMPUTE_DTYPE), self.dequantized_weight(), bias)
+        output = nn.functional.linear(hidden_states.to(COMPUTE_DTYPE), self.dequantized_weight(), bias)
+        return output.to(hidden_states.dtype)
 
 
 def store_linears_as_fp8(transformer: HunyuanAvatarTransformer) -> None:

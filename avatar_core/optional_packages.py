@@ -8,7 +8,7 @@ from functools import cache
 
 log = logging.getLogger(__name__)
 
-PROBED = ("torchvision", "torchaudio", "torchao", "xformers", "bitsandbytes", "peft")
+PROBED = ("torchvision", "torchaudio", "torchao", "xformers", "bitsandbytes", "peft", "flash_attn")
 """None of them is needed. transformers and diffusers import whichever is installed, and one that is installed
 but cannot be imported (a build for another torch, say) takes nearly all of their classes with it."""
 

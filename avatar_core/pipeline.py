@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from avatar_core.batch import Batch, forget, open_batch, open_storage, recorder, take_in_again
 from avatar_core.clips import STAGES
 from avatar_core.config import Config, nearest, parse
+from avatar_core.devices import usable_gpus
 from avatar_core.errors import ConfigError, StoreError
 from avatar_core.plan import shards
 from avatar_core.progress import Observer, Silent
@@ -84,7 +85,9 @@ def render(
 
 
 def record_run(batch: Batch) -> str:
-    """Write down what is asked, before any work; returns the run's id."""
+    """Write down what is asked, before any work; returns the run's id. Raises `ConfigError` where the work
+    cannot be done on this machine."""
+    check_gpus(batch)
     backend = {"name": batch.backend.name, **dataclasses.asdict(batch.backend.config)}
     return write_run(batch.storage, batch.name, batch.config, backend, batch.clips)
 
@@ -107,10 +110,23 @@ def run_batch(batch: Batch, observer: Observer, cancelled: Callable[[], bool] = 
     raise _unreliable(batch.storage)
 
 
+def check_gpus(batch: Batch) -> None:
+    """A model that wants a GPU would take days on a CPU."""
+    runtime = batch.config.runtime
+    to_do = [stage for stage, stage_plan in batch.plan().items() if stage_plan.to_do]
+    wanting = [stage for stage in to_do if batch.stages[stage].queue == "gpu"]
+    if wanting and runtime.gpus == "auto" and not usable_gpus(runtime) and not runtime.pretend:
+        raise ConfigError(
+            f"backend {batch.backend.name} computes {', '.join(wanting)} on a GPU, and this machine shows "
+            "none (`avatar doctor` tells what it sees); runtime.gpus=[] computes on the CPU all the same"
+        )
+
+
 def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: Observer) -> Result:
     """Call `run` to compute what is missing, then publish; again if a stored video turns out damaged."""
     for _ in range(MAX_PASSES):
         run()
+        pa.default_memory_pool().release_unused()
         for stage in batch.stages:
             compact(batch.storage, stage)
         try:
@@ -233,7 +249,8 @@ def _run_stage(
                 batch.stages[name],
                 shard,
                 consumed_rows(batch, shard),
-                memory=batch.config.runtime.memory,
+                device=device,
+                memory=runtime.memory,
                 cancelled=cancelled,
                 on_progress=lambda key, done, total: observer.item_progress(name, key, done, total),
                 on_row=on_row,
@@ -243,6 +260,8 @@ def _run_stage(
                 raise
             damaged.extend(error.keys)
 
+    runtime, on_gpu = batch.config.runtime, batch.stages[name].queue == "gpu"
+    device = "cuda" if on_gpu and usable_gpus(runtime) and not runtime.pretend else "cpu"
     seconds = seconds_per_work(batch, name)
     ready = (spec for spec in items if _is_ready(batch, spec))
     pieces = shards(ready, seconds, batch.config.runtime.shard_seconds)

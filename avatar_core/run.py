@@ -9,15 +9,16 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import threadpoolctl
 
+from avatar_core import weights
 from avatar_core.errors import AvatarError, Cancelled, ConfigError, StoreError, WeightsError
 from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.manifest import write_data, write_manifest
@@ -105,6 +106,7 @@ class _Ladder:
             )
         self._levels = levels[levels.index(memory) :] if memory in levels else levels
         self._stage, self._device = stage, device
+        self._stamps = cache(lambda names: tuple(map(weights.stamp, names)))
         self.loading_s = 0.0
 
     @property
@@ -114,7 +116,9 @@ class _Ladder:
     def models(self, config: Any) -> Any:
         start = time.perf_counter()
         try:
-            return _load(self._stage, config, self._device, self.level)
+            return _load(
+                self._stage, config, self._stamps(self._stage.weights(config)), self._device, self.level
+            )
         finally:
             self.loading_s += time.perf_counter() - start
 
@@ -191,9 +195,10 @@ def _verified(storage: Storage, path: str, sha256: str, owner: str) -> Path:
         raise StoreError(str(error), keys=[owner]) from error
 
 
-def _load(stage: Stage, config: Any, device: str, memory: str | None) -> Any:
-    """Models stay loaded for the items that follow; the least recently used go first."""
-    name = (stage.name, stage.version, stage.weights(config), device, memory)
+def _load(stage: Stage, config: Any, files: Hashable, device: str, memory: str | None) -> Any:
+    """Models stay loaded for the items that follow; the least recently used go first. `files` are those that
+    the models come from."""
+    name = (stage.name, stage.version, files, device, memory)
     if name not in _models:
         if _is_half_full(device):
             _drop_models()

@@ -334,10 +334,12 @@ def weights_tiny(
 def _backend_module(backend: str, module: str) -> Any:
     """What only backends with models of their own have."""
     from avatar_core import weights
+    from avatar_core.optional_packages import hide_broken_packages
 
     known = [name.removesuffix("-tiny") for name in weights.load_registry() if name.endswith("-tiny")]
     if backend not in known:
         raise ConfigError(f"got backend `{backend}`; backends with such weights: {', '.join(known)}")
+    hide_broken_packages()
     try:
         return importlib.import_module(f"avatar_core.backends.{backend}.{module}")
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.config import Config
+from avatar_core.devices import usable_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import MAX_PASSES, consumed_rows, seconds_per_work
 from avatar_core.progress import Observer, StepClock
@@ -66,21 +67,13 @@ class RunSettings:
 def run_settings(config: Config) -> RunSettings:
     runtime = config.runtime
     return RunSettings(
-        gpus=tuple(visible_gpus()) if runtime.gpus == "auto" else runtime.gpus,
+        gpus=usable_gpus(runtime),
         pretend=runtime.pretend,
         cpus=runtime.cpus or len(os.sched_getaffinity(0)),
         item_timeout_s=runtime.item_timeout_s,
         retries=runtime.retries,
         budget_hours=config.budget_hours,
     )
-
-
-def visible_gpus() -> Sequence[int]:
-    """Positions of the GPUs that this process may use."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        return range(len([name for name in allowed.split(",") if name.strip() not in ("", "-1")]))
-    return range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
 
 
 @dataclass

@@ -123,5 +123,9 @@ def create_backend(values: Mapping[str, Any]) -> Backend:
         )
     module, _, attribute = BACKENDS[name].partition(":")
     backend_type = getattr(importlib.import_module(module), attribute)
-    backend: Backend = backend_type(parse(backend_type.config_type, options, where="backend"))
+    try:
+        config = parse(backend_type.config_type, options, where="backend")
+    except ConfigError as error:
+        raise ConfigError(f"backend {name}: {error}") from None
+    backend: Backend = backend_type(config)
     return backend

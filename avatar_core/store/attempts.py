@@ -6,7 +6,7 @@ Whatever cannot be read counts as absent, with a warning: its work is done again
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,6 +31,7 @@ _READERS = 16
 _LISTINGS = 10  # gc may delete a listed file before it is read; what it held is in a newer one
 _SUPERSEDES = b"avatar.supersedes"
 _PIECES = 8
+_COMPACTED = 256  # manifests that are put into one catalog file
 _GROWTH = 4  # a compaction takes in older catalog files up to so many times its own rows
 
 
@@ -75,30 +76,54 @@ def read_attempts(storage: Storage, stage: str) -> Attempts:
     )
 
 
-def compact(storage: Storage, stage: str, min_manifests: int = 64) -> str | None:
-    """Once so many manifests are uncovered, writes them into a catalog file; deletes nothing.
+def compact(storage: Storage, stage: str, min_manifests: int = 64) -> list[str]:
+    """Once so many manifests are uncovered, writes them into catalog files; deletes nothing.
 
     Older catalog files are taken in by size, so that few are left to read and each row is copied
-    only a few times as a store grows.
+    only a few times as a store grows. A file covers a part of many manifests, so that they are not in memory
+    all at once.
     """
-    attempts = read_attempts(storage, stage)
-    if len(attempts.manifests) < max(min_manifests, 1):
-        return None
-    tables = [_with_attempt(table, attempt) for attempt, table in attempts.manifests.items()]
+    try:
+        listed = _list(storage, stage)
+        names = list(listed.open_paths)
+        if len(names) < max(min_manifests, 1):
+            return []
+        groups = [names[at : at + _COMPACTED] for at in range(0, len(names), _COMPACTED)]
+        return [_compact_group(storage, stage, listed, group, first=group is groups[0]) for group in groups]
+    except _VanishedError:
+        return []  # gc deletes what another compaction has covered
+
+
+def _compact_group(
+    storage: Storage, stage: str, listed: "_Listed", names: Sequence[str], *, first: bool
+) -> str:
+    manifests = _read_manifests(storage, {name: listed.open_paths[name] for name in names})
+    tables = [_with_attempt(table, attempt) for attempt, table in manifests.items()]
     rows = sum(table.num_rows for table in tables)
     taken, supersedes = [], set()
-    for name, file in sorted(attempts.catalogs.items(), key=lambda item: item[1].table.num_rows):
+    older = sorted(listed.catalogs.items(), key=lambda item: item[1].table.num_rows) if first else []
+    for name, file in older:
         if file.table.num_rows > _GROWTH * rows:
             break
         # whole, also where a file not taken shares its rows: another compaction may supersede that one
         taken.append(file.table)
         rows += file.table.num_rows
         supersedes |= {name, *file.supersedes}
-    names = json.dumps(sorted(supersedes & {*attempts.catalogs, *attempts.superseded}))
-    table = _united([*_distinct(taken), *tables]).replace_schema_metadata({_SUPERSEDES: names.encode()})
+    known = json.dumps(sorted(supersedes & {*listed.catalogs, *listed.superseded}))
+    table = _united([*_distinct(taken), *tables]).replace_schema_metadata({_SUPERSEDES: known.encode()})
     catalog = new_id()
     storage.write_bytes(f"{catalog_folder(stage)}/{catalog}.parquet", parquet_bytes(table))
+    del manifests, tables, taken, table
+    pa.default_memory_pool().release_unused()  # else the process keeps the heap of the largest stage
     return catalog
+
+
+@dataclass(frozen=True)
+class _Listed:
+    catalogs: Mapping[str, CatalogFile]
+    superseded: frozenset[str]
+    covered: frozenset[str]
+    open_paths: Mapping[str, str]  # of manifests in no catalog file, oldest first
 
 
 class _VanishedError(Exception):
@@ -106,18 +131,30 @@ class _VanishedError(Exception):
 
 
 def _read_listed(storage: Storage, stage: str) -> Attempts:
+    listed = _list(storage, stage)
+    manifests = _read_manifests(storage, listed.open_paths)
+    return Attempts(listed.catalogs, manifests, listed.superseded, listed.covered)
+
+
+def _list(storage: Storage, stage: str) -> _Listed:
     # Manifests are listed first: one that is gone by then is in a catalog file that is listed after it.
-    listed = _attempt_paths(storage, manifest_folder(stage))
+    found = _attempt_paths(storage, manifest_folder(stage))
     catalogs, superseded = _read_catalogs(storage, _settled_paths(storage, catalog_folder(stage)))
     held = {attempt for file in catalogs.values() for attempt in file.table["attempt"].unique().to_pylist()}
-    open_paths = {attempt: path for attempt, path in listed.items() if attempt not in held}
+    open_paths = {attempt: path for attempt, path in found.items() if attempt not in held}
+    return _Listed(catalogs, superseded, frozenset(found.keys() & held), open_paths)
+
+
+def _read_manifests(storage: Storage, paths: Mapping[str, str]) -> dict[str, pa.Table]:
+    """Those that can be read."""
     manifests = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        contents = pool.map(lambda path: _read(storage, path), open_paths.values())
-        for (attempt, path), data in zip(open_paths.items(), contents, strict=True):
+    # Threads hide the way to a remote store; on a disk they only spread memory over as many heaps.
+    with ThreadPoolExecutor(1 if storage.is_local else _READERS) as pool:
+        contents = pool.map(lambda path: _read(storage, path), paths.values())
+        for (attempt, path), data in zip(paths.items(), contents, strict=True):
             if (table := _parsed(storage, path, data)) is not None:
                 manifests[attempt] = table
-    return Attempts(catalogs, manifests, superseded, frozenset(listed.keys() & held))
+    return manifests
 
 
 def _read_catalogs(

@@ -50,6 +50,7 @@ __all__ = [
     "provenance",
     "record_conversion",
     "remedy",
+    "stamp",
     "verify",
 ]
 
@@ -164,6 +165,16 @@ def fingerprint(name: str) -> str:
         _hashes(_Found(name, copy, made.files))
         return _digest(made.source, made.dtype)
     return _digest(_hashes(_complete(name)))
+
+
+def stamp(name: str) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of change of the files that `locate` and `converted` find: another stamp, other
+    content. Costs no hashing."""
+    copy = conversion_folder(name)
+    paths = [_home(name) / filename for filename in _find(name).files]
+    paths += sorted(copy.iterdir()) if copy.is_dir() else []
+    found = [(str(path), path.stat()) for path in paths]
+    return tuple((path, status.st_size, status.st_mtime_ns) for path, status in found)
 
 
 def converted(name: str) -> Path | None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from avatar_core.batch import Batch, open_batch
+from avatar_core.devices import visible_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import Result, finish_batch, record_run, render
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
 from flows import coordinate
-from flows.coordinate import Coordinator, RunSettings, run_settings, visible_gpus
+from flows.coordinate import Coordinator, RunSettings, run_settings
 from flows.queues import LocalQueues
 from flows.work import Work
 from tests.sample_rows import (

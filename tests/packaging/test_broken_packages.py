@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
-BROKEN = ("torchvision", "flash_attn", "torchaudio", "xformers", "bitsandbytes", "tensorflow")
+BROKEN = (
+    *("torchvision", "flash_attn", "torchaudio", "xformers", "bitsandbytes", "torchao", "peft"),
+    "tensorflow",
+)
 HEAVY = ("torch", "diffusers", "transformers", "prefect", "gradio", "hydra", "pandas", "librosa")
 
 
@@ -20,11 +23,14 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (stubs / name / "__init__.py").write_text(
             f"raise RuntimeError('operator {name}::nms does not exist')\n"
         )
-    return {**os.environ, "PYTHONPATH": str(stubs)}
+    return {**os.environ, "PYTHONPATH": str(stubs), "AVATAR_WEIGHTS": str(tmp_path / "weights")}
 
 
-def test_clip_is_rendered_beside_broken_packages(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "flows.cli", "render"]
+@pytest.mark.parametrize("choice", [[], ["backend=hunyuan", "preset=tiny"]], ids=["preview", "hunyuan"])
+def test_clip_is_rendered_beside_broken_packages(
+    tmp_path: Path, environment: dict[str, str], choice: list[str]
+) -> None:
+    command = [sys.executable, "-m", "flows.cli", "render", *choice]
     command += [str(SAMPLES / "portrait.jpg"), str(SAMPLES / "hello.wav"), "-o", "out.mp4"]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -161,9 +161,9 @@ def test_compaction_waits_for_enough_manifests_and_deletes_nothing(storage):
     for _ in range(3):
         attempt(storage, a="ok")
     before = set(storage.list())
-    assert compact(storage, "face", 4) is None
+    assert compact(storage, "face", 4) == []
     assert compact(storage, "face", 3)
-    assert compact(storage, "face", 1) is None
+    assert compact(storage, "face", 1) == []
     assert before < set(storage.list())
     found = read_attempts(storage, "face")
     assert not found.manifests
@@ -178,6 +178,18 @@ def test_few_catalog_files_stay_to_be_read(storage):
     assert len(found.catalogs) <= 3
     assert len(found.catalogs) + len(found.superseded) == 20
     assert len(load_catalog(storage, "face")) == 20
+
+
+def test_many_manifests_go_into_several_catalog_files(storage, monkeypatch):
+    monkeypatch.setattr("avatar_core.store.attempts._COMPACTED", 3)
+    names = [attempt(storage, a="ok", **{f"k{number}": "ok"}) for number in range(8)]
+    assert len(compact(storage, "face", 1)) == 3
+    found = read_attempts(storage, "face")
+    assert (len(found.catalogs), len(found.manifests), len(found.covered)) == (3, 0, 8)
+    assert [row["attempt"] for row in load_catalog(storage, "face").attempts("a")] == names
+    attempt(storage, b="ok")
+    compact(storage, "face", 1)
+    assert len(load_catalog(storage, "face")) == 10
 
 
 def test_two_compactions_at_once_are_harmless(storage):
@@ -198,7 +210,7 @@ def test_a_catalog_file_of_a_slow_clock_still_supersedes(storage, monkeypatch):
     second = attempt(storage, a="ok")
     early = "00000000-0000-7000-8000-000000000000"
     monkeypatch.setattr("avatar_core.store.attempts.new_id", lambda: early)
-    assert compact(storage, "face", 1) == early
+    assert compact(storage, "face", 1) == [early]
     monkeypatch.undo()
     assert list(read_attempts(storage, "face").catalogs) == [early]
     attempt(storage, b="ok")

@@ -94,7 +94,7 @@ def test_covered_manifests_and_superseded_catalog_files_go(storage, later):
 
 def test_a_damaged_catalog_file_covers_nothing(storage, later):
     made(storage, "face", "k", b"data")
-    name = compact(storage, "face", 1)
+    (name,) = compact(storage, "face", 1)
     storage.write_bytes(f"catalog/face/{name}.parquet", b"garbage")
     assert gc(storage, {"face": {"k"}}, set(), now=later, dry_run=False).paths == []
     assert "k" in load_catalog(storage, "face")

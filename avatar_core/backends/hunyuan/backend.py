@@ -19,7 +19,7 @@ from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.backends.hunyuan.audio import WhisperEncoder, clip_windows, num_rows, parity_num_frames
 from avatar_core.backends.hunyuan.config import HunyuanConfig
 from avatar_core.backends.hunyuan.picture import face_mask, fit_picture, latent_mask
-from avatar_core.errors import WeightsError
+from avatar_core.errors import WeightsError, about
 from avatar_core.media.face import Face, choose
 from avatar_core.media.face_torchscript import TorchScriptFaceDetector
 from avatar_core.optional_packages import hide_broken_packages
@@ -79,7 +79,8 @@ class HunyuanBackend:
         self, picture: Picture, max_side: int, config: Any
     ) -> tuple[Picture, tuple[float, float]]:
         """By `image_size`; `max_side` is for backends of any size."""
-        fitted = fit_picture(picture, config.image_size)
+        with about("picture"):
+            fitted = fit_picture(picture, config.image_size)
         return fitted, (fitted.shape[1] / picture.shape[1], fitted.shape[0] / picture.shape[0])
 
     def num_frames(self, duration_s: float, fps: float) -> int:
@@ -133,7 +134,11 @@ class HunyuanBackend:
         assert picture is not None
         wanted = config.prompt_prefix + prompt
         unwanted = config.negative_prompt if negative_prompt is None else negative_prompt
-        encoded = {"": models.encode(wanted, picture), "negative_": models.encode(unwanted, picture)}
+        encoded = {}
+        with about("prompt (prompt_prefix included)"):
+            encoded[""] = models.encode(wanted, picture)
+        with about("negative_prompt"):
+            encoded["negative_"] = models.encode(unwanted, picture)
         return {f"{half}{name}": encoded[half][name].cpu().numpy() for half in encoded for name in _TEXTS}
 
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
@@ -216,6 +221,7 @@ def _load_vae(folder: Path, device: str) -> Any:
 
 def _write_tiny() -> None:
     """Where there is none yet, whole or not at all: a run may be killed, or another be at the same."""
+    hide_broken_packages()
     from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 
     folder = weights.folder() / _TINY

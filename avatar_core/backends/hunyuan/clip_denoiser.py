@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ class ClipDenoiser:
 def _read_state(path: Path) -> State | None:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # nearly always: there is none
         return None
     checksum, tensors = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
     if sha256(tensors).digest() != checksum:
@@ -140,5 +141,6 @@ def _write_state(path: Path, state: State) -> None:
         fresh.write_bytes(sha256(tensors).digest() + tensors)
         fresh.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink()
         log.warning("how far the clip is cannot be kept: %s", error)

@@ -61,13 +61,10 @@ class LlavaEncoder:
         count = len(self._tokenizer(text).input_ids)
         if count > MAX_TOKENS:
             around = len(self._tokenizer(self._text("")).input_ids)
-            raise InputError(
-                f"prompt: has {count - around} tokens (prompt_prefix included), allowed are "
-                f"{MAX_TOKENS - around}; shorten it"
-            )
+            raise InputError(f"has {count - around} tokens, allowed are {MAX_TOKENS - around}; shorten it")
         tokens = self._tokenizer(text, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         if int((tokens.input_ids == self._model.config.image_token_id).sum()) != 1:
-            raise InputError(f"prompt: contains {IMAGE_TOKEN}, which stands for the picture; leave it out")
+            raise InputError(f"contains {IMAGE_TOKEN}, which stands for the picture; leave it out")
         return tokens.input_ids, tokens.attention_mask
 
     def _text(self, prompt: str) -> str:

@@ -12,7 +12,7 @@ from avatar_core.backends.hunyuan.config import HunyuanConfig
 from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 from avatar_core.errors import ConfigError, InputError, WeightsError
 from avatar_core.media.face import Face
-from tests.sample_rows import RunAvatar
+from tests.sample_rows import RunAvatar, write_picture, write_recording, write_table
 
 FAST = {"checkpoint": "hunyuan-tiny"}
 
@@ -57,7 +57,7 @@ def test_absent_official_weights_are_one_line(home: Path) -> None:
     for path in (home / "hunyuan").rglob("*_fp8*.pt"):
         path.unlink()
     hunyuan().resolve()
-    with pytest.raises(WeightsError, match="run: avatar weights fetch hunyuan/transformer-fp8$"):
+    with pytest.raises(WeightsError, match=r"run: avatar weights fetch hunyuan/transformer-fp8$"):
         hunyuan(denoise={"transformer": "fp8"}).resolve()
 
 
@@ -67,6 +67,22 @@ def test_command_without_weights_ends_before_any_work(avatar: RunAvatar, home: P
     assert len(output.splitlines()) == 1
     assert "run: avatar weights fetch hunyuan" in output
     assert not (tmp_path / "store").exists()
+
+
+def test_a_machine_without_a_gpu_is_told_before_any_work(
+    avatar: RunAvatar, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    write_tiny_checkpoint(home / "hunyuan")
+    write_picture(tmp_path / "a.jpg")
+    write_recording(tmp_path / "a.wav")
+    table = write_table(tmp_path / "t.csv", [{"image": "a.jpg", "audio": "a.wav"}])
+    words = [table, "backend=hunyuan", f"storage.root={tmp_path / 'store'}"]
+    code, output = avatar("render", *words)
+    assert code == 2
+    assert "computes text, reference, denoise, decode on a GPU, and this machine shows none" in output
+    assert not (tmp_path / "store/runs").exists()
+    assert avatar("plan", *words)[0] == 0
 
 
 # --- options
@@ -103,10 +119,10 @@ def test_only_random_weights_are_for_the_cpu() -> None:
     assert {stage for stage in official if official[stage] == "cpu"} == {"audio"}
 
 
-def test_memory_levels_are_of_the_transformer() -> None:
-    backend = hunyuan(**FAST)
-    assert backend.memory_levels("denoise", "cpu") == ("h200", "80gb", "48gb", "24gb", "10gb")
-    assert backend.memory_levels("text", "cpu") == ()
+def test_the_large_models_have_memory_levels() -> None:
+    levels = {stage: hunyuan(**FAST).memory_levels(stage, "cpu") for stage in hunyuan(**FAST).versions}
+    assert {stage for stage in levels if levels[stage]} == {"text", "denoise"}
+    assert levels["text"] == levels["denoise"] == ("h200", "80gb", "48gb", "24gb", "10gb")
 
 
 # --- frames and faces
@@ -131,7 +147,7 @@ def test_parity_ends_where_the_reference_ends() -> None:
     backend = HunyuanBackend(HunyuanConfig(mode="parity"))
     assert backend.num_frames(1.0, 25.0) == backend.num_frames(1.0, 12.5) == 25
     assert backend.num_frames(60.0, 25.0) == 405
-    with pytest.raises(InputError, match="mode=parity knows 25 and 12.5"):
+    with pytest.raises(InputError, match=r"mode=parity knows 25 and 12\.5"):
         backend.num_frames(1.0, 24.0)
 
 

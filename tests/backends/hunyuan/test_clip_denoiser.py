@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from avatar_core.backends.hunyuan.clip_denoiser import ClipDenoiser
 from avatar_core.backends.hunyuan.config import DenoiseConfig
+from avatar_core.backends.hunyuan.schedules import WINDOW
 from avatar_core.backends.hunyuan.tiny import TRANSFORMER, write_tiny_checkpoint
 from avatar_core.errors import Cancelled
 from avatar_core.memory import get_level
@@ -58,7 +59,7 @@ def run(
         text[f"{half}prompt_mask"] = np.ones((1, 7), np.int64)
         text[f"{half}pooled_prompt_embeds"] = normal(1, TRANSFORMER.pooled_projection_dim, seed=number)
     reference = {
-        "ref_latents": normal(1, TRANSFORMER.in_channels, 1, SIDE, SIDE),
+        "ref_latents": normal(1, TRANSFORMER.in_channels, WINDOW, SIDE, SIDE),
         "face_mask": np.ones((1, 1, 1, SIDE, SIDE), np.float32),
     }
     windows = normal(129, *TRANSFORMER.audio_window).astype(np.float16)

@@ -203,7 +203,7 @@ def _load(stage: Stage, config: Any, files: Hashable, device: str, memory: str |
         if _is_half_full(device):
             _drop_models()
         _models[name] = stage.load(config, device, memory)
-        _thread_pools(len(sys.modules)).limit(limits=1)  # of libraries that came with the model, too
+        _limit_to_one_thread()  # libraries that came with the model, too
         while len(_models) > _MODELS_KEPT:
             _models.popitem(last=False)
     _models.move_to_end(name)
@@ -283,13 +283,24 @@ def _clear(folder: Path) -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Equal results on machines with different core counts need one thread per library."""
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    torch = sys.modules.get("torch")
+    before = cv2.getNumThreads(), torch.get_num_threads() if torch else 1
+    limited = _limit_to_one_thread()
     try:
-        with _thread_pools(len(sys.modules)).limit(limits=1):
-            yield
+        yield
     finally:
-        cv2.setNumThreads(before)
+        limited.restore_original_limits()
+        cv2.setNumThreads(before[0])
+        if torch:
+            torch.set_num_threads(before[1])
+
+
+def _limit_to_one_thread() -> Any:
+    cv2.setNumThreads(1)
+    limited = _thread_pools(len(sys.modules)).limit(limits=1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # else the first operation of each thread raises the limit again
+    return limited
 
 
 @lru_cache(1)

@@ -34,7 +34,7 @@ class DoublingStage(Stage):
         self.threads: list[int] = []
 
     def weights(self, config: Any) -> tuple[str, ...]:
-        return ("big",) if config == 100 else ()
+        return ("mtcnn",) if config == 100 else ()
 
     def load(self, config: Any, device: str, memory: str | None) -> Any:
         self.loaded.append(config)

@@ -31,7 +31,7 @@ _READERS = 16
 _LISTINGS = 10  # gc may delete a listed file before it is read; what it held is in a newer one
 _SUPERSEDES = b"avatar.supersedes"
 _PIECES = 8
-_COMPACTED = 256  # manifests that are put into one catalog file
+_COMPACTED = 64  # manifests that are put into one catalog file
 _GROWTH = 4  # a compaction takes in older catalog files up to so many times its own rows
 
 

@@ -50,12 +50,17 @@ class SamplerSettings:
     guidance_scale: float = 7.5
     flow_shift: float = 5.0
     step_cache: StepCache = "scaled"
+    cache_threshold: float = 0.1
     latents_dtype: torch.dtype = torch.float32
 
     @classmethod
     def from_config(cls, config: DenoiseConfig) -> "SamplerSettings":
         settings = cls(
-            config.num_inference_steps, config.guidance_scale, config.flow_shift, config.step_cache
+            config.num_inference_steps,
+            config.guidance_scale,
+            config.flow_shift,
+            config.step_cache,
+            config.cache_threshold,
         )
         if config.mode == "parity":
             return replace(settings, step_cache="reference", latents_dtype=torch.bfloat16)
@@ -249,6 +254,43 @@ class GuidedTransformer:
         )
 
 
+class StepChooser:
+    """Says which steps run on the activations of the last full one.
+
+    In `adaptive` these are the steps at which the latents and the time embedding, each by its mean change
+    relative to its mean size, have moved by less than `cache_threshold` together since the last full step:
+    the idea of TeaCache (https://arxiv.org/abs/2411.19108), without its fit to one model's outputs.
+    """
+
+    def __init__(self, transformer: HunyuanAvatarTransformer, settings: SamplerSettings) -> None:
+        self._transformer = transformer
+        self._is_adaptive = settings.step_cache == "adaptive"
+        self._threshold = settings.cache_threshold
+        self._may_be_cached = cached_steps(settings.step_cache, settings.num_inference_steps)
+        self._at_full: tuple[Tensor, Tensor] | None = None
+
+    def is_cached(self, step: int, latents: Tensor, timestep: Tensor) -> bool:
+        if not self._is_adaptive:
+            return self._may_be_cached[step]
+        now = latents, self._transformer.embed_time(timestep)
+        if self._at_full is not None and self._may_be_cached[step]:
+            moved = sum(
+                float((a - b).abs().mean() / b.abs().mean()) for a, b in zip(now, self._at_full, strict=True)
+            )
+            if moved < self._threshold:
+                return True
+        self._at_full = now
+        return False
+
+    def may_be_needed(self, step: int) -> bool:
+        """Whether the step after this one may want its activations."""
+        return any(self._may_be_cached[step + 1 : step + 2])
+
+    def is_full_for_sure(self, step: int) -> bool:
+        """Known beforehand, and independent of what came before."""
+        return not self._is_adaptive and not self._may_be_cached[step]
+
+
 @torch.no_grad()
 def denoise_steps(
     transformer: HunyuanAvatarTransformer,
@@ -268,23 +310,23 @@ def denoise_steps(
     )
     num_steps = settings.num_inference_steps
     sigmas = flow_sigmas(num_steps, settings.flow_shift)
-    cached = cached_steps(settings.step_cache, num_steps)
+    chooser = StepChooser(transformer, settings)
     latents = noise[:, :, : windows.num_frames] if state is None else state["latents"].to(noise)
     for step in range(0 if state is None else int(state["step"]), num_steps):
         timestep = (sigmas[step] * 1000).to(latents.device)
         scale = guidance_at(step, num_steps, settings.guidance_scale)
         total, count = torch.zeros_like(latents), latents.new_zeros(windows.num_frames, 1, 1)
         noise_preds = []
-        keep = any(cached[step + 1 : step + 2])
+        cached, keep = chooser.is_cached(step, latents, timestep), chooser.may_be_needed(step)
         for number, window in enumerate(windows.at(step)):
             seen = latents[:, :, window.frames]
-            answers = guided(seen, timestep, step, number, window, cached=cached[step], keep=keep)
+            answers = guided(seen, timestep, step, number, window, cached=cached, keep=keep)
             noise_preds.append(guide(*answers, scale, settings.latents_dtype))
             moved = euler_step(seen, noise_preds[-1], sigmas[step], sigmas[step + 1])
             total[:, :, window.frames] += moved.to(settings.latents_dtype).to(total.dtype)
             count[window.frames] += 1
         latents = total / count
-        yield StepResult(step, latents, noise_preds, scale, cached[step])
+        yield StepResult(step, latents, noise_preds, scale, cached)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -312,10 +354,10 @@ def denoise(
 
     `save` receives a state that a later call goes on from with the same result, every `save_every` steps or
     a few later: only before a full step, so that no activations need be kept, and cached steps cost little
-    to do again.
+    to do again. Never in `adaptive`, where a full step depends on those before it.
     """
     num_steps = settings.num_inference_steps
-    cached = cached_steps(settings.step_cache, num_steps)
+    chooser = StepChooser(transformer, settings)
     saved_at = 0 if state is None else int(state["step"])
     report(saved_at, num_steps)
     latents = noise
@@ -333,7 +375,8 @@ def denoise(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # report what is done, not what is queued
         report(done, num_steps)
-        if save and done < num_steps and not cached[done] and done - saved_at >= save_every:
+        is_due = done < num_steps and done - saved_at >= save_every
+        if save and is_due and chooser.is_full_for_sure(done):
             save({"latents": latents.cpu(), "step": torch.tensor(done)})
             saved_at = done
     return latents.float()[:, :, : ClipWindows.of(conditions.audio.shape[1]).num_kept_frames]

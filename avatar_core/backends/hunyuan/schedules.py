@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-StepCache = Literal["scaled", "reference", "off"]
+StepCache = Literal["scaled", "reference", "off", "adaptive"]
 
 WINDOW = 33  # frames that one forward sees
 WINDOW_SHIFT = 10  # frames by which the windows of a long clip move back with every step
@@ -44,12 +44,14 @@ def cached_steps(step_cache: StepCache, num_inference_steps: int) -> list[bool]:
     """For every step whether it runs but the last block, on the activations of the last full step.
 
     `reference` is made for 50 steps: the first 16 and the last 9 in full, every fifth between; whatever comes
-    after the 50th is cached. `scaled` has full steps at the same parts of any number of steps.
+    after the 50th is cached. `scaled` has full steps at the same parts of any number of steps. `adaptive` is
+    decided on the way: here are the steps that may be cached.
     """
     rules: dict[StepCache, Callable[[int], bool]] = {
         "off": lambda step: True,
         "reference": lambda step: step < 50 and _is_full(step, 50),
         "scaled": lambda step: _is_full(step, num_inference_steps),
+        "adaptive": lambda step: step in (0, EARLY_STEPS, num_inference_steps - 1),
     }
     return [not rules[step_cache](step) for step in range(num_inference_steps)]
 

@@ -257,6 +257,13 @@ class HunyuanAvatarTransformer(nn.Module):
         with self._autocast(fps):
             return self.time_text_embed.embed_scalars(motion_exp, motion_pose, fps)
 
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """(B, D) for `timestep` (B,), or for a single one."""
+        embedding = self.time_text_embed
+        with self._autocast(timestep):
+            embedded: Tensor = embedding.timestep_embedder(embedding.time_proj(timestep.reshape(-1)))
+        return embedded
+
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, prepared: Prepared, cache: BlockInput | None = None
     ) -> Output:

@@ -199,6 +199,34 @@ def test_halves_one_after_the_other_give_the_same(transformer, num_audio_frames)
 
 
 @pytest.mark.parametrize("num_audio_frames", [129, 150])
+def test_adaptive_steps_run_in_full_once_the_clip_has_moved_enough(transformer, num_audio_frames):
+    conditions, noise = conditions_of(num_audio_frames), noise_of(num_audio_frames)
+
+    def run(**options):
+        settings = settings_of(num_inference_steps=16, **options)
+        steps = list(denoise_steps(transformer, conditions, noise, settings))
+        return [step.is_cached for step in steps], steps[-1].latents
+
+    exact = run()[1]
+    cached, latents = {}, {}
+    for threshold in (1e-9, 1.0, 10.0):
+        cached[threshold], latents[threshold] = run(step_cache="adaptive", cache_threshold=threshold)
+
+    assert not any(cached[1e-9])
+    assert torch.equal(latents[1e-9], exact)
+    assert 0 < sum(cached[1.0]) < sum(cached[10.0])
+    assert [step for step, is_cached in enumerate(cached[10.0]) if not is_cached] == [0, 10, 15]
+    assert not torch.equal(latents[1.0], exact)
+
+
+def test_adaptive_steps_save_no_state(transformer):
+    settings = settings_of(step_cache="adaptive", cache_threshold=0.3)
+    states = []
+    denoise(transformer, conditions_of(), noise_of(), settings, silent, save=states.append, save_every=1)
+    assert states == []
+
+
+@pytest.mark.parametrize("num_audio_frames", [129, 150])
 def test_a_clip_goes_on_from_any_saved_state_with_an_equal_result(transformer, num_audio_frames):
     conditions, noise = conditions_of(num_audio_frames), noise_of(num_audio_frames)
     settings = settings_of(num_inference_steps=22, step_cache="scaled")

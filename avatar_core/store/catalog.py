@@ -23,7 +23,9 @@ ABSENT, OK, FAILED, FAILED_FOR_GOOD = np.arange(4, dtype=np.int8)
 
 
 def load_catalog(storage: Storage, stage: str) -> "Catalog":
-    return Catalog(stage, read_attempts(storage, stage).table())
+    catalog = Catalog(stage, read_attempts(storage, stage).table())
+    pa.default_memory_pool().release_unused()  # what was read is kept smaller
+    return catalog
 
 
 def drop(storage: Storage, stage: str, keys: Iterable[str], catalog: "Catalog") -> str | None:
@@ -48,13 +50,13 @@ class Catalog:
 
     def __init__(self, stage: str, table: pa.Table) -> None:
         self.stage = stage
-        self.table = table
         self._live = _live(table)
         states = np.where(self._live, row_states(table), ABSENT)
         failed, ok = np.flatnonzero(states > OK), np.flatnonzero(states == OK)[::-1]
         order = np.concatenate([failed, ok])  # of equal keys the last counts: the earliest that is ok
         self._index = KeyIndex(column_keys(table["key"])[order], order)
         self._states = np.append(states, ABSENT)  # which -1, the position of unknown keys, gives
+        self.table = _shrunk(table)
 
     def __contains__(self, key: str) -> bool:
         return bool(self._states[self._find(key)] == OK)
@@ -99,7 +101,7 @@ class Catalog:
         return self._live_where("data", paths)
 
     def _live_where(self, column: str, wanted: Iterable[str]) -> list[tuple[str, str]]:
-        found = pc.is_in(self.table[column], value_set=pa.array(wanted, pa.string()))
+        found = pc.is_in(self.table[column].cast(pa.string()), value_set=pa.array(wanted, pa.string()))
         rows = self.table.select(["key", "attempt"]).filter(pc.and_(found, pa.array(self._live)))
         return _pairs(rows["key"], rows["attempt"])
 
@@ -154,3 +156,13 @@ def _flags(column: pa.ChunkedArray) -> NDArray[np.bool_]:
 
 def _pairs(first: pa.ChunkedArray, second: pa.ChunkedArray) -> list[tuple[str, str]]:
     return list(zip(first.to_pylist(), second.to_pylist(), strict=True))
+
+
+def _shrunk(table: pa.Table) -> pa.Table:
+    """With each text that many rows share, such as the attempt or the data file of a shard, kept once."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) and field.name != "key":
+            encoded = table.column(index).dictionary_encode()
+            if 2 * encoded.nbytes < table.column(index).nbytes:
+                table = table.set_column(index, field.name, encoded)
+    return table

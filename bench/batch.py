@@ -33,6 +33,7 @@ import sys
 from avatar_core.pipeline import render
 render({"table": sys.argv[1], "storage": {"root": sys.argv[2]}})
 """
+WARM_UP = "import flows.queue_child, flows.render, prefect.server.api.server, uvicorn.main"
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 
 
@@ -41,6 +42,12 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=60.0)
     seconds = arguments.parse_args().seconds
     with tempfile.TemporaryDirectory() as folder:
+        if (
+            sys.dont_write_bytecode
+        ):  # an installed package has its bytecode: every start would compile it anew
+            os.environ["PYTHONPYCACHEPREFIX"] = f"{folder}/bytecode"
+            del os.environ["PYTHONDONTWRITEBYTECODE"]
+            subprocess.run([sys.executable, "-c", WARM_UP], check=True)
         table = Path(folder) / "batch.csv"
         write_table(table, seconds)
         command = [sys.executable, "-m", "flows.cli", "render", str(table), f"storage.root={folder}/store"]

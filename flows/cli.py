@@ -1,6 +1,5 @@
 """The `avatar` command. Heavy imports wait until a command needs them, so `--help` is instant."""
 
-import importlib
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
+from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
     from avatar_core.batch import Batch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flows.terminal import View
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify, convert.")
 app.add_typer(weights_app, name="weights")
 console = Console()
 errors = Console(stderr=True)
@@ -264,88 +263,6 @@ def status(words: StatusWords = None) -> None:
     else:
         print_runs(console, summarise_runs(storage))
         print_address(console)
-
-
-@weights_app.command("list")
-def weights_list() -> None:
-    """Every known set of weights and whether it is here."""
-    from rich.table import Table
-
-    from avatar_core import weights
-
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for heading in ("name", "here", "licence", "what"):
-        table.add_column(heading)
-    for name, entry in weights.load_registry().items():
-        table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.title)
-        for part in entry.parts if entry.kind == "huggingface" else ():
-            table.add_row(f"{name}/{part}", "yes" if weights.present(f"{name}/{part}") else "no", "", "")
-    console.print(table)
-
-
-@weights_app.command("fetch")
-def weights_fetch(name: str) -> None:
-    """Download weights into the weights folder and check them."""
-    from avatar_core import weights
-
-    weights.fetch(name, lambda line: console.print(Text(line), soft_wrap=True))
-
-
-@weights_app.command("verify")
-def weights_verify(name: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Hash the files of one or all weights that are here; note those that were placed by hand."""
-    from avatar_core import weights
-
-    names = [name] if name else [n for n in weights.load_registry() if weights.present(n)]
-    problems = {n: weights.verify(n) for n in names}
-    for checked, found in problems.items():
-        verdict = "; ".join(found) or f"ok{weights.provenance(checked)}"
-        console.print(Text(f"{checked}: {verdict}"), soft_wrap=True)
-    if any(problems.values()):
-        raise typer.Exit(EXIT_FAILED_ROWS)
-
-
-@weights_app.command("convert")
-def weights_convert(
-    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Cast to bfloat16, float16 or float32; results get other keys.")
-    ] = None,
-) -> None:
-    """Copy a model into files that load faster."""
-    backend = name.partition("/")[0].removesuffix("-tiny")
-    copy = _backend_module(backend, "official").convert(name, dtype)
-    console.print(Text(f"{name}: copied to {copy}"), soft_wrap=True)
-
-
-@weights_app.command("tiny")
-def weights_tiny(
-    backend: str,
-    folder: Annotated[Path | None, typer.Argument(help="Default: where a run looks for it.")] = None,
-) -> None:
-    """Write random weights in a backend's official file layout, to try everything without the real ones."""
-    from avatar_core import weights
-
-    target = folder or weights.folder() / f"{backend}-tiny"
-    _backend_module(backend, "tiny").write_tiny_checkpoint(target)
-    console.print(Text(f"random weights for {backend}: in {target}"), soft_wrap=True)
-
-
-def _backend_module(backend: str, module: str) -> Any:
-    """What only backends with models of their own have."""
-    from avatar_core import weights
-    from avatar_core.optional_packages import hide_broken_packages
-
-    known = [name.removesuffix("-tiny") for name in weights.load_registry() if name.endswith("-tiny")]
-    if backend not in known:
-        raise ConfigError(f"got backend `{backend}`; backends with such weights: {', '.join(known)}")
-    hide_broken_packages()
-    try:
-        return importlib.import_module(f"avatar_core.backends.{backend}.{module}")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{error.name} is not installed; run: pip install 'avatar-dataset[{backend}]'"
-        ) from error
 
 
 @app.command()

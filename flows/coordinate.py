@@ -209,7 +209,8 @@ class Coordinator:
             stopped = stopped or cancelled()
             if stopped or self._trouble.fatal:
                 self._stopping.set()
-                self._cancel()
+                for local in self._queues.values():
+                    local.cancel()
             elif not self._over_budget:
                 self._submit_ready(submit)
             ending = stopped or self._trouble.fatal or self._over_budget
@@ -226,10 +227,6 @@ class Coordinator:
         self.undone = sum(c.waiting + c.ready + c.running for c in self._schedule.counts.values())
         if self.undone and not self._over_budget:
             raise BackendError(f"{self.undone} items are to do and no queue is left that could do them")
-
-    def _cancel(self) -> None:
-        for local in self._queues.values():
-            local.cancel()
 
     def _submit_ready(self, submit: Submit) -> None:
         assert self._schedule

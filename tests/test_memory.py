@@ -9,7 +9,6 @@ from avatar_core.backends.hunyuan.sampling import ClipConditions, SamplerSetting
 from avatar_core.backends.hunyuan.transformer import (
     HunyuanAvatarTransformer,
     TextConditions,
-    TransformerConfig,
 )
 from avatar_core.errors import ConfigError
 from avatar_core.memory import (
@@ -23,24 +22,9 @@ from avatar_core.memory import (
     kernel_problem,
     place,
 )
+from tests.toy_transformer import TOY_WITH_THREE_SINGLE
 
-CONFIG = TransformerConfig(
-    in_channels=2,
-    out_channels=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    num_layers=2,
-    num_single_layers=3,
-    num_refiner_layers=1,
-    rope_axes_dim=(4, 4, 4),
-    text_embed_dim=8,
-    pooled_projection_dim=6,
-    audio_window=(2, 2, 3),
-    audio_inner_dim=8,
-    audio_tokens=2,
-    adapter_inner_dim=8,
-    adapter_layers=(1,),
-)
+CONFIG = TOY_WITH_THREE_SINGLE
 SETTINGS = SamplerSettings(num_inference_steps=13, step_cache="scaled")
 OFFLOADING = ("24gb", "10gb")
 

@@ -84,7 +84,8 @@ class Backend(Protocol):
     def encode_text(
         self, models: Any, prompt: str, negative_prompt: str | None, picture: Picture | None, config: Any
     ) -> Tensors:
-        """Both prompts, for backends with a `text` stage; `picture` is there if `text_sees_picture`."""
+        """Both prompts; a backend without a `text` stage has no such method. `picture` is there if
+        `text_sees_picture`."""
         ...
 
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:

@@ -107,11 +107,6 @@ class PreviewBackend:
             for name in ("mouth_open", "mouth_wide", "energy")
         }
 
-    def encode_text(
-        self, models: Any, prompt: str, negative_prompt: str | None, picture: Picture | None, config: Any
-    ) -> Tensors:
-        raise NotImplementedError("preview reads no prompt")
-
     def encode_picture(self, models: Any, picture: Picture, faces: Sequence[Face], config: Any) -> Tensors:
         from avatar_core.backends.preview import contours
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,24 +8,9 @@ from avatar_core.backends.hunyuan.name_map import transformer_name_map
 from avatar_core.backends.hunyuan.transformer import HunyuanAvatarTransformer, TransformerConfig
 from avatar_core.checkpoint import Rename, load_strict, rename
 from avatar_core.errors import WeightsError
+from tests.toy_transformer import TOY
 
-TINY = TransformerConfig(
-    in_channels=2,
-    out_channels=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    num_layers=2,
-    num_single_layers=2,
-    num_refiner_layers=1,
-    mlp_ratio=3.0,
-    rope_axes_dim=(4, 4, 4),
-    text_embed_dim=6,
-    pooled_projection_dim=5,
-    audio_window=(2, 2, 3),
-    audio_inner_dim=7,
-    adapter_inner_dim=8,
-    adapter_layers=(1,),
-)
+TINY = replace(TOY, mlp_ratio=3.0, audio_inner_dim=7)
 
 
 @pytest.fixture(scope="module")

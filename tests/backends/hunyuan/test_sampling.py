@@ -25,27 +25,11 @@ from avatar_core.backends.hunyuan.transformer import (
     Conditions,
     HunyuanAvatarTransformer,
     TextConditions,
-    TransformerConfig,
 )
 from avatar_core.errors import Cancelled
+from tests.toy_transformer import TOY
 
-CONFIG = TransformerConfig(
-    in_channels=2,
-    out_channels=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    num_layers=2,
-    num_single_layers=2,
-    num_refiner_layers=1,
-    rope_axes_dim=(4, 4, 4),
-    text_embed_dim=8,
-    pooled_projection_dim=6,
-    audio_window=(2, 2, 3),
-    audio_inner_dim=8,
-    audio_tokens=2,
-    adapter_inner_dim=8,
-    adapter_layers=(1,),
-)
+CONFIG = TOY
 CHANNELS, HEIGHT, WIDTH = CONFIG.in_channels, 2, 4
 TEXT_LENGTH, NEGATIVE_LENGTH, PROMPT_LENGTH = 8, 5, 7  # of the mask, of its ones
 

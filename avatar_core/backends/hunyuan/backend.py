@@ -115,7 +115,8 @@ class HunyuanBackend:
         from avatar_core.memory import fitting_level, get_level
 
         (name,) = self.weights("denoise", config)
-        return ClipDenoiser(name, device, get_level(memory) if memory else fitting_level(device))
+        level = get_level(memory) if memory else fitting_level(device)
+        return ClipDenoiser(name, device, level, as_fp8=config.transformer == "fp8_cast")
 
     def encode_audio(
         self,

@@ -41,13 +41,13 @@ _CHECKSUM_BYTES = sha256().digest_size
 class ClipDenoiser:
     """`weights` names the registry's part, `hunyuan/transformer` or another one."""
 
-    def __init__(self, weights: str, device: str, level: Level) -> None:
+    def __init__(self, weights: str, device: str, level: Level, *, as_fp8: bool = False) -> None:
         on_gpu = device.startswith("cuda")
         self._device = device
         self._level = level
         waits = "cpu" if level.offload else device
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
-        self._transformer = load_transformer(weights, waits, self._dtype)
+        self._transformer = load_transformer(weights, waits, self._dtype, as_fp8=as_fp8)
         place(self._transformer, level, device)
         if level.row_chunks:
             run_in_chunks(self._transformer)

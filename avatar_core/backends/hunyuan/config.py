@@ -50,7 +50,8 @@ class DenoiseConfig:
     """`step_cache`: most steps in the middle run only the last block on the activations of a full step;
     `scaled` fits the reference's schedule of 50 steps to any number of them, `off` runs every step in full,
     `adaptive` runs one in full whenever the clip has moved by `cache_threshold` since the last.
-    `transformer`: bfloat16 weights or the official float8 file. `checkpoint_steps`: a clip's state is kept on
+    `transformer`: bfloat16 weights, the official float8 file, or bfloat16
+    weights cast to float8 when they are loaded. `checkpoint_steps`: a clip's state is kept on
     this machine's disk every so many steps, so that a killed clip goes on from there (0: never).
     """
 
@@ -61,7 +62,7 @@ class DenoiseConfig:
     flow_shift: Annotated[float, Field(gt=0, le=30)] = field(default=5.0, metadata=_ROW)
     step_cache: Literal["scaled", "reference", "off", "adaptive"] = "scaled"
     cache_threshold: Annotated[float, Field(gt=0, le=10)] = 0.1
-    transformer: Literal["bf16", "fp8"] = "bf16"
+    transformer: Literal["bf16", "fp8", "fp8_cast"] = "bf16"
     checkpoint_steps: Annotated[int, Field(ge=0)] = field(default=5, metadata={"execution": True})
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from avatar_core.backends.hunyuan.transformer import HunyuanAvatarTransformer
 from avatar_core.checkpoint import Rename
 from avatar_core.errors import WeightsError
+from avatar_core.memory import BLOCK_STACKS
 
 WEIGHT_DTYPE = torch.float8_e4m3fn
 COMPUTE_DTYPE = torch.bfloat16
@@ -54,6 +55,19 @@ def store_linears_as_fp8(transformer: HunyuanAvatarTransformer) -> None:
                 if isinstance(child, nn.Linear):
                     with torch.device(child.weight.device):
                         setattr(parent, name, Fp8Linear(child.in_features, child.out_features))
+
+
+def cast_to_fp8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A half-precision state with the linear weights of its blocks as the official float8 file has them."""
+    cast = dict(state)
+    for name, tensor in state.items():
+        if name.split(".")[0] in BLOCK_STACKS and name.endswith(_WEIGHT) and tensor.dim() == 2:
+            largest = tensor.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            scale = (largest / torch.finfo(WEIGHT_DTYPE).max).to(COMPUTE_DTYPE)
+            limit = torch.finfo(WEIGHT_DTYPE).max
+            cast[name] = (tensor.float() / scale.float()).clamp(-limit, limit).to(WEIGHT_DTYPE)
+            cast[name.removesuffix(_WEIGHT) + ".scale"] = scale
+    return cast
 
 
 def official_scales(scale_map: Mapping[str, Tensor], name_map: Sequence[Rename]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from avatar_core import weights
 from avatar_core.backends.hunyuan.fp8 import (
     WEIGHT_DTYPE,
+    cast_to_fp8,
     check_fp8_weights,
     official_scales,
     store_linears_as_fp8,
@@ -38,16 +39,21 @@ _ALIGNMENT = 64  # bytes, as torch allocates
 _CASTS = ("bfloat16", "float16", "float32")
 
 
-def load_transformer(name: str, device: str, dtype: torch.dtype = torch.bfloat16) -> HunyuanAvatarTransformer:
+def load_transformer(
+    name: str, device: str, dtype: torch.dtype = torch.bfloat16, *, as_fp8: bool = False
+) -> HunyuanAvatarTransformer:
     """`name` is that of the weights: `hunyuan/transformer`, `hunyuan/transformer-fp8`, or of another
-    checkpoint. float8 weights stay so, whatever `dtype` says. Raises `WeightsError`."""
+    checkpoint. float8 weights stay so, whatever `dtype` says; `as_fp8` makes others so. Raises
+    `WeightsError`."""
     copy = weights.converted(name)
     folder = copy or weights.locate(name)
     config = read_config(folder)
     state = read_checkpoint(copy) if copy else read_transformer(name, folder, config)
+    if as_fp8 and not _is_fp8(name):
+        state = cast_to_fp8(state)
     with torch.device("meta"):
         transformer = HunyuanAvatarTransformer(config)
-        if _is_fp8(name):
+        if as_fp8 or _is_fp8(name):
             store_linears_as_fp8(transformer)
     placed = {each: _aligned(t.to(device, _dtype(each, t, dtype))) for each, t in state.items()}
     load_strict(transformer, placed)

@@ -3,6 +3,7 @@ import torch
 
 from avatar_core.backends.hunyuan.fp8 import (
     Fp8Linear,
+    cast_to_fp8,
     check_fp8_weights,
     official_scales,
     store_linears_as_fp8,
@@ -132,3 +133,19 @@ def test_a_layer_without_its_scale_does_not_load(official):
     state = rename(stored, NAME_MAP) | official_scales(scales, NAME_MAP)
     with pytest.raises(WeightsError, match=r"missing: transformer_blocks\.0\.norm1\.linear\.scale"):
         build(state, fp8=True)
+
+
+def test_half_precision_weights_are_cast_as_the_official_file_has_them(official):
+    state = rename(official, NAME_MAP)
+    cast = cast_to_fp8(state)
+    model = build(cast, fp8=True)
+    scaled = {name.removesuffix(".scale") for name in cast if name.endswith(".scale")}
+    stored, scales = as_fp8(official)
+    like_official = rename(stored, NAME_MAP) | official_scales(scales, NAME_MAP)
+    assert {name for name in like_official if name.endswith(".scale")} == {f"{name}.scale" for name in scaled}
+    for name in scaled:
+        dequantised = cast[f"{name}.weight"].float() * cast[f"{name}.scale"].float()
+        original = state[f"{name}.weight"].float()
+        assert (dequantised - original).abs().max() <= original.abs().max() / 16
+        assert cast[f"{name}.weight"].float().abs().max() > 400
+    assert run(model).isfinite().all()

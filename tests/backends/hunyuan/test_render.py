@@ -217,12 +217,13 @@ def test_converted_weights_give_the_same_keys_and_videos(
     assert videos(result.dataset)["base.mp4"] == videos(done[0].dataset)["base.mp4"]
 
 
+@pytest.mark.parametrize("transformer", ["fp8", "fp8_cast"])
 def test_float8_weights_render_under_keys_of_their_own(
-    done: tuple[Result, Watcher, Path], base: Path, tmp_path: Path
+    done: tuple[Result, Watcher, Path], base: Path, tmp_path: Path, transformer: str
 ) -> None:
     store = Path(shutil.copytree(done[2], tmp_path / "store"))
     watcher = Watcher()
-    result = render_table(base, store, watcher, backend=backend(denoise={"transformer": "fp8"}))
+    result = render_table(base, store, watcher, backend=backend(denoise={"transformer": transformer}))
     assert watcher.counts == {"denoise": 1, "decode": 1}
     difference = np.abs(frames(result, "base") - frames(done[0], "base"))
     assert 0 < difference.mean() < frames(done[0], "base").std()

@@ -38,7 +38,7 @@ class WindowedConfig(CountedConfig):
 class WindowedBackend(CountedBackend):
     name = "windowed"
     label = "windowed"
-    config_type = WindowedConfig  # type: ignore[assignment]
+    config_type = WindowedConfig
     denoise = decode = None  # type: ignore[assignment]  # never called
 
     def num_windows(self, duration_s: float, fps: float) -> int:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,13 +13,14 @@ from avatar_core.backends.base import Backend, create_backend
 from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
+from avatar_core.media.documents import SILENCE
 from avatar_core.media.source import stat_source
 from avatar_core.media.table import TableRows, parse_rows, read_table, resolve_uri
 from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, ItemSpec, Stage
-from avatar_core.stages.ingest import IngestStage, ingest_config, source_policy
+from avatar_core.stages.ingest import IngestStage, Kind, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages
 from avatar_core.store.catalog import OK, drop, load_catalog
 from avatar_core.store.keys import config_values, digest, item_key, new_id
@@ -154,11 +155,11 @@ def ingest(
     cancelled: Callable[[], bool],
 ) -> dict[str, Source]:
     """Every picture and recording of the rows, by `<column>:<uri>`, taken into the store once."""
-    kinds: dict[str, tuple[Literal["image", "audio"], str]] = {}
+    kinds: dict[str, tuple[Kind, str]] = {}
     for image, audio, audio_2, error in rows.columns("image", "audio", "audio_2", "error"):
         if not error:
             kinds[f"image:{image}"] = ("image", image)
-            kinds |= {f"audio:{uri}": ("audio", uri) for uri in (audio, audio_2) if uri}
+            kinds |= {f"audio:{uri}": _recording(uri) for uri in (audio, audio_2) if uri}
     sources: dict[str, Source] = {}
     specs: dict[str, ItemSpec] = {}
     for name, (kind, uri) in kinds.items():
@@ -188,7 +189,11 @@ def recorder(stage: str, results: StageResults, observer: Observer) -> Callable[
     return record
 
 
-def _ingest_item(kind: Literal["image", "audio"], uri: str, config: Config) -> ItemSpec:
+def _recording(uri: str) -> tuple[Kind, str]:
+    return ("silence", uri.removeprefix(SILENCE)) if uri.startswith(SILENCE) else ("audio", uri)
+
+
+def _ingest_item(kind: Kind, uri: str, config: Config) -> ItemSpec:
     settings = ingest_config(kind, config)
     stat = stat_source(uri, source_policy(settings))
     # A server that tells no version may serve another file next time: such a source is read every time.

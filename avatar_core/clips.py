@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,11 @@ from avatar_core import weights
 from avatar_core.backends.base import Backend
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
+from avatar_core.media.documents import SILENCE
 from avatar_core.media.speakers import combined_duration_s
 from avatar_core.media.table import TableRow, TableRows
 from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
-from avatar_core.stages.audio import AudioStageConfig, Segment
+from avatar_core.stages.audio import AudioStageConfig, Combination, Segment
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.decode import DecodeStageConfig
 from avatar_core.stages.denoise import DenoiseStageConfig
@@ -345,7 +346,7 @@ class ClipBuilder:
     def _segments(self, row: TableRow) -> tuple[Segment, ...]:
         self._source(row.image, "image")
         fps = row.fps or self.config.video.fps
-        return self._cut(_recordings(row), row.audio_type if row.audio_2 else None, fps)
+        return self._cut(_recordings(row), _combination(row), fps)
 
     def _cut_segments(self, recordings: tuple[str, ...], combine: Any, fps: float) -> tuple[Segment, ...]:
         durations = [self._source(uri, "audio").columns["duration_s"] for uri in recordings]
@@ -469,6 +470,14 @@ def _stem(uri: str) -> str:
 
 def _recordings(row: TableRow) -> tuple[str, ...]:
     return (row.audio, row.audio_2) if row.audio_2 else (row.audio,)
+
+
+def _combination(row: TableRow) -> Combination:
+    """Where only one recording holds speech at once, neither is made softer for the other."""
+    if not row.audio_2:
+        return None
+    is_silent = any(uri.startswith(SILENCE) for uri in (row.audio, row.audio_2))
+    return "turns" if is_silent and row.audio_type == "para" else cast(Combination, row.audio_type)
 
 
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import math
 import os
 import struct
+import wave
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,6 +283,17 @@ def regroup(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
             kept, held = [joined[length:]], held - length
     if held:
         yield np.concatenate(kept)
+
+
+def write_silence_like(recording: str | Path, path: Path) -> None:
+    """A mono WAV, exactly as long as the recording."""
+    probe = probe_audio(recording)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(probe.sample_rate)
+        for start in range(0, probe.samples, probe.sample_rate):
+            file.writeframes(bytes(2 * min(probe.sample_rate, probe.samples - start)))
 
 
 def loudness_db(samples: Samples) -> float:

@@ -12,17 +12,20 @@ import pyarrow as pa
 
 from avatar_core.config import Config
 from avatar_core.errors import about
-from avatar_core.media.audio import AudioLimits, probe_audio
+from avatar_core.media.audio import AudioLimits, probe_audio, write_silence_like
 from avatar_core.media.image import ImageLimits, check_size, probe_image
 from avatar_core.media.source import SourcePolicy, copy_source
 from avatar_core.stages.base import Item, Output, Report, Stage
+
+Kind = Literal["image", "audio", "silence"]
+"""`silence` is a recording of nothing, as long as the one that its source names."""
 
 
 @dataclass(frozen=True)
 class IngestConfig:
     """Where a source may lie is checked anew by every run (`stat_source`), so it is no part of the key."""
 
-    kind: Literal["image", "audio"]
+    kind: Kind
     max_bytes: int
     max_pixels: int
     min_side: int
@@ -33,7 +36,7 @@ class IngestConfig:
     storage_options: Mapping[str, Any] = field(default_factory=dict, metadata={"execution": True}, repr=False)
 
 
-def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConfig:
+def ingest_config(kind: Kind, config: Config) -> IngestConfig:
     source = config.input
     return IngestConfig(
         kind,
@@ -80,10 +83,18 @@ class IngestStage(Stage):
         assert item.source is not None
         copy = scratch / "asset"
         copy_source(item.source, source_policy(config), copy)
-        probe = _probe_picture if config.kind == "image" else _probe_recording
-        with about(f"{config.kind} {item.source}"):
+        with about(f"{'image' if config.kind == 'image' else 'audio'} {item.source}"):
+            if config.kind == "silence":
+                copy = _silent(copy)
+            probe = _probe_picture if config.kind == "image" else _probe_recording
             columns = {"kind": config.kind, "bytes": copy.stat().st_size, **probe(copy, config)}
         return Output(columns, file=copy.rename(scratch / f"asset.{columns['format']}"))
+
+
+def _silent(recording: Path) -> Path:
+    path = recording.with_name("silence")
+    write_silence_like(recording, path)
+    return path
 
 
 def _probe_picture(path: Path, config: IngestConfig) -> dict[str, Any]:

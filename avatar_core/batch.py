@@ -15,7 +15,7 @@ from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
 from avatar_core.media.documents import SILENCE
 from avatar_core.media.source import stat_source
-from avatar_core.media.table import TableRows, parse_rows, read_table, resolve_uri
+from avatar_core.media.table import PATHS, TableRows, parse_rows, read_table, resolve_uri
 from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
@@ -115,7 +115,7 @@ def located(config: Config) -> Config:
 
 
 def _located(name: str, value: Any, here: str) -> Any:
-    is_path = name in ("image", "audio", "audio_2") and isinstance(value, str | os.PathLike) and value
+    is_path = name in PATHS and isinstance(value, str | os.PathLike) and value
     return resolve_uri(os.fspath(value), here) if is_path else value
 
 
@@ -154,11 +154,11 @@ def ingest(
     observer: Observer,
     cancelled: Callable[[], bool],
 ) -> dict[str, Source]:
-    """Every picture and recording of the rows, by `<column>:<uri>`, taken into the store once."""
+    """Every picture, video and recording of the rows, by `<column>:<uri>`, taken into the store once."""
     kinds: dict[str, tuple[Kind, str]] = {}
-    for image, audio, audio_2, error in rows.columns("image", "audio", "audio_2", "error"):
+    for image, video, audio, audio_2, error in rows.columns("image", "video", "audio", "audio_2", "error"):
         if not error:
-            kinds[f"image:{image}"] = ("image", image)
+            kinds |= {f"image:{image}": ("image", image)} if image else {f"video:{video}": ("video", video)}
             kinds |= {f"audio:{uri}": _recording(uri) for uri in (audio, audio_2) if uri}
     sources: dict[str, Source] = {}
     specs: dict[str, ItemSpec] = {}

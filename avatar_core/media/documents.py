@@ -181,4 +181,5 @@ def _is_box(box: Any) -> bool:
         return False
     if any(isinstance(edge, bool) or not isinstance(edge, int | float) for edge in box):
         return False
-    return 0 <= box[0] < box[2] < math.inf and 0 <= box[1] < box[3] < math.inf
+    row_min, column_min, row_max, column_max = map(float, box)
+    return 0 <= row_min < row_max < math.inf and 0 <= column_min < column_max < math.inf

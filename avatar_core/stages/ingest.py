@@ -1,9 +1,9 @@
-"""Ingest: an outside picture or recording becomes an asset of the store, hashed and probed by header.
+"""Ingest: an outside picture, video or recording becomes an asset of the store, hashed and probed by header.
 
 The only stage that meets what a table names; all later stages read the copy it makes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,12 @@ import pyarrow as pa
 from avatar_core.config import Config
 from avatar_core.errors import about
 from avatar_core.media.audio import AudioLimits, probe_audio, write_silence_like
+from avatar_core.media.footage import FootageLimits, probe_footage
 from avatar_core.media.image import ImageLimits, check_size, probe_image
 from avatar_core.media.source import SourcePolicy, copy_source
 from avatar_core.stages.base import Item, Output, Report, Stage
 
-Kind = Literal["image", "audio", "silence"]
+Kind = Literal["image", "video", "audio", "silence"]
 """`silence` is a recording of nothing, as long as the one that its source names."""
 
 
@@ -74,6 +75,8 @@ class IngestStage(Stage):
             "sample_rate": pa.int64(),
             "channels": pa.int64(),
             "duration_s": pa.float64(),
+            "fps": pa.float64(),
+            "num_frames": pa.int64(),
         }
     )
 
@@ -83,11 +86,11 @@ class IngestStage(Stage):
         assert item.source is not None
         copy = scratch / "asset"
         copy_source(item.source, source_policy(config), copy)
-        with about(f"{'image' if config.kind == 'image' else 'audio'} {item.source}"):
+        with about(f"{'audio' if config.kind == 'silence' else config.kind} {item.source}"):
             if config.kind == "silence":
                 copy = _silent(copy)
-            probe = _probe_picture if config.kind == "image" else _probe_recording
-            columns = {"kind": config.kind, "bytes": copy.stat().st_size, **probe(copy, config)}
+            columns = {**_PROBES[config.kind](copy, config), "kind": config.kind}
+        columns["bytes"] = copy.stat().st_size
         return Output(columns, file=copy.rename(scratch / f"asset.{columns['format']}"))
 
 
@@ -103,6 +106,19 @@ def _probe_picture(path: Path, config: IngestConfig) -> dict[str, Any]:
     return {"format": probe.format, "width": probe.width, "height": probe.height}
 
 
+def _probe_footage(path: Path, config: IngestConfig) -> dict[str, Any]:
+    picture = ImageLimits(config.max_pixels, config.min_side)
+    probe = probe_footage(path, FootageLimits(picture, config.max_duration_s))
+    return {
+        "format": probe.format,
+        "width": probe.width,
+        "height": probe.height,
+        "duration_s": probe.duration_s,
+        "fps": probe.fps,
+        "num_frames": probe.num_frames,
+    }
+
+
 def _probe_recording(path: Path, config: IngestConfig) -> dict[str, Any]:
     probe = probe_audio(path, AudioLimits(config.max_duration_s, config.min_duration_s))
     return {
@@ -111,3 +127,11 @@ def _probe_recording(path: Path, config: IngestConfig) -> dict[str, Any]:
         "channels": probe.channels,
         "duration_s": probe.duration_s,
     }
+
+
+_PROBES: Mapping[Kind, Callable[[Path, IngestConfig], dict[str, Any]]] = {
+    "image": _probe_picture,
+    "video": _probe_footage,
+    "audio": _probe_recording,
+    "silence": _probe_recording,
+}

@@ -24,7 +24,7 @@ from avatar_core import weights
 from avatar_core.backends.base import Backend
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
-from avatar_core.media.documents import SILENCE
+from avatar_core.media.row_sources import combination_of, picture_of, recordings_of
 from avatar_core.media.speakers import combined_duration_s
 from avatar_core.media.table import TableRow, TableRows
 from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
@@ -46,6 +46,7 @@ from avatar_core.store.keys import (
 )
 
 MAX_NAME_BYTES = 120
+TEXT_CHARS = 40  # of a text to be said, in the name of its clip
 RECENT = 4096  # items kept for the rows that follow
 STAGES = ("face", "audio", "text", "reference", "denoise", "decode")
 """Stages after ingest, in the order in which they run; a backend may leave `text` out."""
@@ -232,10 +233,11 @@ class ClipBuilder:
                 f"column `video`: backend {self.backend.name} renders from pictures only; give `image`, or "
                 "choose a backend that takes footage"
             )
-        if len(_recordings(row)) > self.backend.max_speakers:
+        if len(recordings_of(row)) > self.backend.max_speakers:
+            column = "voice_2" if row.voice_2 else "audio_2"
             raise InputError(
-                f"column `audio_2`: backend {self.backend.name} renders {self.backend.max_speakers} speaker; "
-                "leave it empty or choose a backend for several"
+                f"column `{column}`: backend {self.backend.name} renders {self.backend.max_speakers} "
+                "speaker; leave it empty or choose a backend for several"
             )
         segments = self._segments(row)
         seed = row.seed if row.seed is not None else derive_seed(self.config.seed, self._content(row))
@@ -249,7 +251,7 @@ class ClipBuilder:
 
     def _items(self, row: TableRow, segment: Segment, seed: int) -> dict[str, ItemSpec]:
         params = canonical_json(dict(row.params)) if row.params else "{}"
-        picture, recordings = _picture(row), _recordings(row)
+        picture, recordings = picture_of(row), recordings_of(row)
         fps = row.fps or self.config.video.fps
         face = self._face(picture)
         audio = self._audio(recordings, segment, fps, params)
@@ -352,9 +354,9 @@ class ClipBuilder:
         return source
 
     def _segments(self, row: TableRow) -> tuple[Segment, ...]:
-        self._source(_picture(row))
+        self._source(picture_of(row))
         fps = row.fps or self.config.video.fps
-        return self._cut(_recordings(row), _combination(row), fps)
+        return self._cut(recordings_of(row), cast(Combination, combination_of(row)), fps)
 
     def _cut_segments(self, recordings: tuple[str, ...], combine: Any, fps: float) -> tuple[Segment, ...]:
         durations = [self._source(name).columns["duration_s"] for name in recordings]
@@ -362,8 +364,8 @@ class ClipBuilder:
 
     def _content(self, row: TableRow) -> str:
         return row_content(
-            pictures=[self._asset(_picture(row)).sha256],
-            recordings=[self._asset(name).sha256 for name in _recordings(row)],
+            pictures=[self._asset(picture_of(row)).sha256],
+            recordings=[self._asset(name).sha256 for name in recordings_of(row)],
             prompt=row.prompt,
             negative_prompt=row.negative_prompt,
             fps=row.fps or self.config.video.fps,
@@ -436,9 +438,9 @@ def clip_names(rows: TableRows, *, numbered: bool = False) -> tuple[list[str], l
     warnings: list[str] = []
     taken: set[str] = set()
     used: Counter[str] = Counter()  # numbers given to a name so far
-    columns = ("index", "name", "image", "video", "audio")
-    for index, given, image, video, audio in rows.columns(*columns):
-        wanted = slug(given) if given else slug(f"{_stem(image or video or '')}-{_stem(audio)}")
+    columns = ("index", "name", "image", "video", "audio", "tts_text")
+    for index, given, image, video, audio, text in rows.columns(*columns):
+        wanted = slug(given or f"{_stem(image or video or '')}-{text[:TEXT_CHARS] if text else _stem(audio)}")
         name = wanted
         while not taken.isdisjoint(_claimed(name, numbered)):
             used[wanted.casefold()] += 1
@@ -475,24 +477,6 @@ def _numbered(name: str, take: int, part: int | None) -> str:
 
 def _stem(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2].rpartition(".")[0] or uri.rpartition("/")[2]
-
-
-def _picture(row: TableRow) -> str:
-    """The name of its source, as of `ClipBuilder`."""
-    return f"image:{row.image}" if row.image else f"video:{row.video}"
-
-
-def _recordings(row: TableRow) -> tuple[str, ...]:
-    """The names of their sources, in the speakers' order."""
-    return tuple(f"audio:{uri}" for uri in (row.audio, row.audio_2) if uri)
-
-
-def _combination(row: TableRow) -> Combination:
-    """Where only one recording holds speech at once, neither is made softer for the other."""
-    if not row.audio_2:
-        return None
-    is_silent = any(uri.startswith(SILENCE) for uri in (row.audio, row.audio_2))
-    return "turns" if is_silent and row.audio_type == "para" else cast(Combination, row.audio_type)
 
 
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:

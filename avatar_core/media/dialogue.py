@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from avatar_core.errors import InputError, shown
 
 _TAG = re.compile(r"\(s(\d+)\)")
-_VOICE = re.compile(r"(?:.*/)?([a-z]{2}_[a-z0-9_]+?)(?:\.pt)?")
+# By the first letter of their language. Japanese and Mandarin need packages that the extra `tts` does not bring.
+_VOICE = re.compile(r"(?:.*/)?([abefhip][fm]_[a-z0-9_]+)(?:\.pt)?")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ def voice_name(value: str) -> str:
     found = _VOICE.fullmatch(value.strip())
     if not found:
         raise InputError(
-            f"{shown(value)} is not the name of a Kokoro voice; give one such as af_heart or am_adam"
+            f"{shown(value)} is not the name of a Kokoro voice; give one such as af_heart or am_adam, of a "
+            "language whose letter is a (American), b (British), e, f, h, i or p"
         )
     return found[1]
 

@@ -13,8 +13,8 @@ from avatar_core.errors import ConfigError
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify, convert.")
 console = Console()
 
-_NO_BACKENDS = {("kokoro", "tiny"): ("avatar_core.media.kokoro_tiny", "tts")}
-"""Module and extra of weights that are used by every backend."""
+_SPEECH = "kokoro"
+"""Weights of no backend: what says texts serves all of them."""
 
 
 @weights_app.command("list")
@@ -91,7 +91,11 @@ def _backend_module(backend: str, module: str) -> Any:
     if backend not in known:
         raise ConfigError(f"got backend `{backend}`; backends with such weights: {', '.join(known)}")
     hide_broken_packages()
-    name, extra = _NO_BACKENDS.get((backend, module), (f"avatar_core.backends.{backend}.{module}", backend))
+    name, extra = f"avatar_core.backends.{backend}.{module}", backend
+    if backend == _SPEECH:
+        if module != "tiny":
+            raise ConfigError(f"weights {backend!r} are used as they are, there is nothing to convert")
+        name, extra = "avatar_core.media.kokoro_tiny", "tts"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

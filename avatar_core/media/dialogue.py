@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from avatar_core.errors import InputError, shown
 
 _TAG = re.compile(r"\(s(\d+)\)")
-# By the first letter of their language. Japanese and Mandarin need packages that the extra `tts` does not bring.
+# The first letter is the language. Japanese and Mandarin need packages that the extra `tts` does not bring.
 _VOICE = re.compile(r"(?:.*/)?([abefhip][fm]_[a-z0-9_]+)(?:\.pt)?")
 
 

@@ -85,28 +85,33 @@ class Speaker:
         import torch
 
         pipeline, style = self._pipeline(voice[0]), _load_style(self._voices / f"{voice}.pt")
+        _check_phonemes(list(pipeline(text)), text, voice)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            said = list(pipeline(text, voice=style))
-        if not said:
-            raise InputError(f"the voice {voice} finds nothing to say in {shown(text)}")
-        for part in said:
-            if len(part.phonemes) >= MAX_PHONEMES:
-                raise InputError(
-                    f"{shown(part.graphemes)} is too long for one breath; divide it into sentences or lines"
-                )
+            said = list(pipeline(text, voice=style, model=self._model))
         sound = torch.cat([part.audio.flatten() for part in said]).float().numpy()
         if not np.isfinite(sound).all():
             raise InputError(f"the voice {voice} says {shown(text)} with NaN or infinite samples")
         return np.asarray(sound, np.float32)
 
     def _pipeline(self, language: str) -> Any:
-        """Turns texts of a language into phonemes, and these into sound."""
+        """Turns texts of a language into phonemes, and with a model these into sound."""
         if language not in self._pipelines:
             from kokoro import KPipeline
 
-            self._pipelines[language] = KPipeline(language, repo_id=REPOSITORY, model=self._model)
+            self._pipelines[language] = KPipeline(language, repo_id=REPOSITORY, model=False)
         return self._pipelines[language]
+
+
+def _check_phonemes(parts: Sequence[Any], text: str, voice: str) -> None:
+    """What is too long the package would cut off."""
+    if not parts:
+        raise InputError(f"the voice {voice} finds nothing to say in {shown(text)}")
+    for part in parts:
+        if len(part.phonemes) >= MAX_PHONEMES:
+            raise InputError(
+                f"{shown(part.graphemes)} is too long for one breath; divide it into sentences or lines"
+            )
 
 
 def _load_model(folder: Path) -> Any:

@@ -245,7 +245,8 @@ WRONG_SPEECH: dict[str, tuple[Any, str]] = {
     ),
     "unknown voice": (
         {**TEXT, "human1_voice": "Adam.pt"},
-        "column 'voice': 'Adam.pt' is not the name of a Kokoro voice; give one such as af_heart or am_adam, of a "
+        "column 'voice': 'Adam.pt' is not the name of a Kokoro voice; give one such as af_heart or "
+        "am_adam, of a "
         "language whose letter is a (American), b (British), e, f, h, i or p",
     ),
 }

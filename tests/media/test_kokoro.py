@@ -46,7 +46,8 @@ def test_without_the_package_the_command_that_helps_is_told() -> None:
         assert "which is made for Python 3.11 and 3.12; this is 3.13" in str(caught.value)
     else:
         assert str(caught.value) == (
-            "tts_text needs the package kokoro, which is not installed; run: pip install 'avatar-dataset[tts]'"
+            "tts_text needs the package kokoro, which is not installed; run: pip install "
+            "'avatar-dataset[tts]'"
         )
 
 
@@ -75,9 +76,9 @@ def test_one_voice_says_the_whole_text(speaker: kokoro.Speaker) -> None:
 @needs_kokoro
 def test_it_sounds_the_same_every_time(weights: Path, speaker: kokoro.Speaker) -> None:
     (first,) = speaker.tracks("Hola.", ("ef_dora",))
-    torch.manual_seed(7)
+    another = kokoro.Speaker(weights, weights / "voices")
     before = torch.random.get_rng_state()
-    (again,) = kokoro.Speaker(weights, weights / "voices").tracks("Hola.", ("ef_dora",))
+    (again,) = another.tracks("Hola.", ("ef_dora",))
     (other,) = speaker.tracks("Hola.", ("em_alex",))
     np.testing.assert_array_equal(first, again)
     assert len(first) != len(other) or not np.array_equal(first, other)

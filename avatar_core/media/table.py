@@ -213,21 +213,22 @@ def _row(index: int, record: Record, base: str | None) -> dict[str, Any]:
         errors = _check_recordings(values) + _check_speech(values) + _check_boxes(values)
     if base is not None:
         values |= {column: resolve_uri(values[column], base) for column in PATHS if values[column]}
-    for column, other in (("audio", "audio_2"), ("audio_2", "audio")):
-        if values[column] == SILENCE:
-            values[column] += values[other] or ""
+    if values["audio_2"]:
+        for column, other in (("audio", "audio_2"), ("audio_2", "audio")):
+            if values[column] == SILENCE:
+                values[column] += values[other]
     extra = {name: value for name, value in record.values.items() if name.lower() not in _KNOWN}
     return values | {"extra": extra, "source": record.source, "error": "; ".join(errors) or None}
 
 
 def _check_given(cells: Mapping[str, Any]) -> list[str]:
-    given = {column for column, value in cells.items() if not _is_absent(value)}
     errors = []
     for column, instead in _EITHER:
-        if given.isdisjoint((column, instead)):
-            errors.append(f"column {column!r}: is empty; give a path or URI")
-        if given.issuperset((column, instead)):
+        is_given, is_instead = not _is_absent(cells.get(column)), not _is_absent(cells.get(instead))
+        if is_given and is_instead:
             errors.append(f"columns {column!r} and {instead!r} are both given; give one of them")
+        if not is_given and not is_instead:
+            errors.append(f"column {column!r}: is empty; give a path or URI")
     return errors
 
 

@@ -12,6 +12,7 @@ import torch
 from avatar_core.errors import ConfigError, InputError, WeightsError
 from avatar_core.media import kokoro
 from avatar_core.media.dialogue import Turn, split_turns, voice_name
+from tests.sample_rows import RunAvatar
 from tests.speaking_program import is_installed
 
 needs_kokoro = pytest.mark.skipif(not is_installed(), reason="needs the package kokoro (extra `tts`)")
@@ -190,3 +191,19 @@ def test_random_weights_in_the_official_layout(weights: Path, tmp_path: Path) ->
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(WeightsError, match="holds other files; give an empty or absent folder"):
         write_tiny_checkpoint(tmp_path)
+
+
+@needs_kokoro
+def test_the_command_writes_random_weights(
+    avatar: RunAvatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path))
+    assert avatar("weights", "tiny", "kokoro")[0] == 0
+    assert avatar("weights", "verify", "kokoro-tiny") == (0, "kokoro-tiny: ok\n")
+
+
+def test_there_is_nothing_to_convert(avatar: RunAvatar) -> None:
+    assert avatar("weights", "convert", "kokoro/model") == (
+        2,
+        "error: weights 'kokoro' are used as they are, there is nothing to convert\n",
+    )

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from platformdirs import user_cache_path
 
@@ -217,7 +217,7 @@ def fetch(name: str, progress: Progress) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         if entry.kind == "huggingface":
             patterns = [
-                f"{each.folder}/{pattern}"
+                (PurePosixPath(each.folder) / pattern).as_posix()
                 for each in _parts(entry, part)
                 for pattern in each.files + each.optional
             ]
@@ -284,7 +284,7 @@ def _find(name: str) -> _Found:
             matches = sorted(path.relative_to(home).as_posix() for path in (home / each.folder).glob(pattern))
             files |= {match: known.get(match) for match in matches}
             if not matches and pattern in each.files:
-                missing.append(f"{each.folder}/{pattern}")
+                missing.append((PurePosixPath(each.folder) / pattern).as_posix())
     missing += [shard for shard in _indexed(home, files) if shard not in files]
     return _Found(name, home, files, tuple(missing))
 

@@ -23,8 +23,8 @@ class File:
 
 @dataclass(frozen=True)
 class Part:
-    """Files of one model: patterns inside `folder`, each of which must match unless it is `optional`. A part
-    `on_request` does not belong to the whole: it comes by its own name only."""
+    """Files of one model: patterns in `folder` (`.`: the repository itself), each of which must match unless
+    it is `optional`. A part `on_request` does not belong to the whole: it comes by its own name only."""
 
     folder: str
     files: tuple[str, ...]

@@ -1,6 +1,7 @@
 """MultiTalk's input documents, from the file to the video."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def loudness(video: Path) -> float:
 
 def test_a_document_is_a_table_for_the_command(avatar: RunAvatar, folder: Path, tmp_path: Path) -> None:
     (folder / "talk.json").write_text(json.dumps(two_people()))
-    code, output = avatar("render", folder / "talk.json", f"storage.root={tmp_path / 'store'}")
+    code, output = avatar("plan", folder / "talk.json", f"storage.root={tmp_path}")
     assert code == 0, output
-    video = tmp_path / "store/datasets/talk/videos/two-man.mp4"
+    assert re.search(r"^decode +1 ", output, re.MULTILINE), output
+    video = rendered(folder, tmp_path, two_people())
+    assert video.name == "two-man.mp4"
     assert len(read_video(video)) == 15
 
 

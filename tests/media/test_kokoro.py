@@ -98,7 +98,7 @@ def test_a_turn_is_silence_for_the_other(speaker: kokoro.Speaker) -> None:
 @pytest.fixture
 def tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """spaCy's English model as a package, untrained."""
-    import spacy
+    spacy = pytest.importorskip("spacy")
 
     words = spacy.blank("en")
     words.add_pipe("tok2vec")

@@ -1,4 +1,4 @@
-"""Affine warps whose pixels lie exactly where the matrix says: OpenCV before version 5 rounds to 1/32 pixel."""
+"""Affine warps whose pixels lie exactly where the matrix says; OpenCV 4 rounds to 1/32 pixel."""
 
 import numpy as np
 from numpy.typing import NDArray

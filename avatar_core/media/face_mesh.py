@@ -28,8 +28,8 @@ class FaceMesh:
         self._detector, self._mesh = OnnxModel(blaze_face, device), OnnxModel(face_mesh, device)
 
     def find(self, picture: Picture) -> Points:
-        """[478, 3], x and z as parts of the picture's width, y of its height; RGB [H, W, 3]. Raises `InputError`
-        where there is no face."""
+        """[478, 3], x and z as parts of the picture's width, y of its height; RGB [H, W, 3]. Raises
+        `InputError` where there is no face."""
         height, width = picture.shape[:2]
         logits, regressors = sorted(self._detector.run(blaze_input(picture)), key=np.size)
         faces = faces_from_outputs(regressors, logits)
@@ -39,7 +39,8 @@ class FaceMesh:
             )
         region = face_region(faces.boxes[0], faces.points[0], width, height)
         outputs = self._mesh.run(mesh_input(picture, region))
-        return mesh_points(max(outputs, key=np.size), region) / np.array([width, height, width], np.float32)
+        points = mesh_points(max(outputs, key=np.size), region)
+        return np.asarray(points / np.array([width, height, width]), np.float32)
 
 
 class BlazeFaces(NamedTuple):

@@ -1,4 +1,4 @@
-"""Landmarks of one face by networks kept as ONNX files: 106 points in the box of a detector, 203 in a crop."""
+"""Landmarks of one face by networks kept as ONNX files: 106 points in a detector's box, 203 in a crop."""
 
 from pathlib import Path
 

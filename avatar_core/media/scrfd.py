@@ -1,7 +1,7 @@
 """Faces in a picture by SCRFD (https://arxiv.org/abs/2105.04714) with five points, kept as an ONNX file.
 
-The network sees a square of 512 pixels with blue first. Its nine outputs are scores, distances to the sides of
-the box, and offsets of the points, each for the strides 8, 16 and 32, two anchors a cell.
+The network sees a square of 512 pixels with blue first. Its nine outputs are scores, distances to the sides
+of the box, and offsets of the points, each for the strides 8, 16 and 32, two anchors a cell.
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,8 @@ _SMOOTHED = MOTION_DIM - WIDTHS["exp"]  # every component but the expression
 @dataclass(frozen=True)
 class ChainSettings:
     """`smooth_k`: frames that are averaged (1: none). `fix_kp_cond`: every so many clips (0: never) the next
-    one is conditioned on the source's own motion, but for the components `fix_kp_cond_dims` (first, end), which
-    go on. Raises `ConfigError`."""
+    one is conditioned on the source's own motion, but for the components `fix_kp_cond_dims` (first, end),
+    which go on. Raises `ConfigError`."""
 
     overlap: int = 10
     online: bool = False
@@ -49,7 +49,7 @@ class ChainSettings:
 
 
 class ClipChain:
-    """`motion` [1, n, 265] is what has been made so far, `kp_cond` [1, 265] what the next clip begins after."""
+    """`motion` [1, n, 265] is what has been made so far, `kp_cond` [1, 265] what the next clip follows."""
 
     def __init__(self, settings: ChainSettings, source: Array) -> None:
         self.settings = settings
@@ -120,8 +120,8 @@ def padded(rows: Array, length: int) -> Array:
 
 
 class OnlineMotion:
-    """Motion while features arrive. `silence` [overlap, 1024] are features of silence that the first clip hears
-    before the speech. `reference` [265] is set with the first clip: the motion that others are relative to.
+    """Motion while features arrive. `silence` [overlap, 1024] are features of silence that the first clip
+    hears before the speech. `reference` [265] is set with the first clip: what motion is relative to.
 
     With `parity`, the end is that of the reference, which gives more frames than there were features, and an
     overlap below half a clip leaves out the first frames.

@@ -25,10 +25,9 @@ def emotion_weights(emotion: Emotion) -> Array:
         if emotion.ndim != 2 or emotion.shape[1] != len(EMOTIONS) or not len(emotion):
             raise ConfigError(f"emotion weights have shape {emotion.shape}; allowed: (m, {len(EMOTIONS)})")
         return np.asarray(emotion, np.float32)
-    mixtures = [[emotion]] if isinstance(emotion, int) else list(emotion)
-    if mixtures and all(isinstance(label, int) for label in mixtures):
-        mixtures = [mixtures]
-    return np.stack([_mixture(labels) for labels in mixtures]) if mixtures else _mixture([])[None]
+    labels = [emotion] if isinstance(emotion, int) else list(emotion)
+    one_mixture = all(isinstance(label, int) for label in labels)
+    return np.stack([_mixture(mixed) for mixed in ([labels] if one_mixture else labels)])
 
 
 def _mixture(labels: object) -> Array:

@@ -1,4 +1,4 @@
-"""Pictures of the size that the networks see: the whole one reduced, a square round the face, its network input."""
+"""Pictures as the networks see them: the whole one reduced, a square round the face, its network input."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ _EYES_AND_MOUTH = {
 
 
 class Outline(NamedTuple):
-    """What a square round a face is laid by: points that it holds [n, 2], and the axis from `eyes` to `mouth`."""
+    """What a square round a face is laid by: points that it holds [n, 2], the axis from `eyes` to `mouth`."""
 
     points: Array
     eyes: Array
@@ -57,8 +57,8 @@ def crop_matrices(
     vx_ratio: float = 0.0,
     rotate: bool = True,
 ) -> CropMatrices:
-    """Of a square of `size` pixels, upright in the face's own axes and `scale` times the face, its centre moved
-    by the parts `vx_ratio` and `vy_ratio` of its side. Raises `InputError` for a face without extent."""
+    """Of a square of `size` pixels, upright in the face's own axes and `scale` times the face, its centre
+    moved by the parts `vx_ratio` and `vy_ratio` of its side. Raises `InputError` for a face of no extent."""
     down = _direction(face.mouth - face.eyes)
     axes = np.array([[down[1], -down[0]], down], np.float32)  # of the face: to its right, downwards
     middle = face.points.mean(axis=0)
@@ -105,7 +105,7 @@ def network_input(crop512: Picture) -> Array:
 
 
 def fitted_size(height: int, width: int, max_dim: int, division: int = 2) -> tuple[int, int]:
-    """Height and width of a video of a picture: at most `max_dim` (0 or less: any), multiples of `division`."""
+    """Height and width of a picture's video: at most `max_dim` (0 or less: any), multiples of `division`."""
     if 0 < max_dim < max(height, width):
         if height > width:
             height, width = max_dim, round(width * max_dim / height)
@@ -115,10 +115,11 @@ def fitted_size(height: int, width: int, max_dim: int, division: int = 2) -> tup
 
 
 def fit_picture(picture: Picture, max_dim: int) -> Picture:
-    height, width = fitted_size(*picture.shape[:2], max_dim)
+    height, width = fitted_size(picture.shape[0], picture.shape[1], max_dim)
     if min(height, width) < 2:
         raise InputError(
-            f"is {picture.shape[1]} x {picture.shape[0]}, too narrow for a side of {max_dim}; use another picture"
+            f"is {picture.shape[1]} x {picture.shape[0]}, too narrow for a longer side of {max_dim}; "
+            "use another picture"
         )
     if (height, width) == picture.shape[:2]:
         return picture

@@ -1,8 +1,8 @@
-"""Key points of the source and of every driven frame: motion taken over from the driving one as far as wanted.
+"""Key points of the source and of every driven frame: as much of the driving motion as is wanted.
 
-`parity` keeps what the reference does: `vad_alpha` fades the whole expression and not the lips alone, `alpha_*`
-multiplies logits unless the same angle has a `delta_*`, a faded angle may mix degrees with logits, and a given
-first frame (`reference`) makes motion relative whatever `relative_d` says.
+`parity` keeps what the reference does: `vad_alpha` fades the whole expression and not the lips alone,
+`alpha_*` multiplies logits unless the same angle has a `delta_*`, a faded angle may mix degrees with logits,
+and a given first frame (`reference`) makes motion relative whatever `relative_d` says.
 """
 
 import random
@@ -46,8 +46,8 @@ _BLINK_GAP_FRAMES = (60, 100)
 @dataclass(frozen=True)
 class StitchSettings:
     """`use_d_keys`: what is driven, by names or with a factor each (None: all motion of a picture, the
-    expression of a video). `drive_eye` (None: pictures only). `delta_eye_open_n`: frames between two blinks, or
-    a list of them, 0: random, below 0: none."""
+    expression of a video). `drive_eye` (None: pictures only). `delta_eye_open_n`: frames between two blinks,
+    or a list of them, 0: random, below 0: none."""
 
     use_d_keys: Sequence[str] | Mapping[str, float] | None = None
     drive_eye: bool | None = None
@@ -75,9 +75,7 @@ def blink_schedule(
     schedule = np.zeros(length, np.int64)
     if isinstance(gaps, int) and gaps < 0:
         return schedule
-    listed = (
-        [gaps] if isinstance(gaps, int) and gaps > 0 else list(gaps) if isinstance(gaps, Sequence) else []
-    )
+    listed = list(gaps) if isinstance(gaps, Sequence) else [gaps] if gaps else []
     draw = iter(lambda: generator.randint(*_BLINK_GAP_FRAMES), None)
     start, end = (listed[0], listed[-1]) if listed else (next(draw), next(draw))
     current, blinks = start, 0
@@ -91,8 +89,8 @@ def blink_schedule(
 def fades(
     num_frames: int, fade_in: int, fade_out: int, controls: Mapping[int, Control]
 ) -> dict[int, dict[str, Any]]:
-    """The controls by frame with `fade_alpha` for the first `fade_in` and the last `fade_out` frames (0 or less:
-    none); the latter win."""
+    """The controls by frame with `fade_alpha` for the first `fade_in` and the last `fade_out` frames (0 or
+    less: none); the latter win."""
     faded = {index: dict(control) for index, control in controls.items()}
     alphas = {i: i / fade_in for i in range(fade_in)}
     if fade_out > 0:
@@ -104,8 +102,9 @@ def fades(
 
 
 class MotionStitch:
-    """One clip; frames go through `pair` in order. `source` holds the source's frames; `character` the first frame of a reference character, whose scale the
-    driving motion has; `reference` the driving frame that motion is relative to (None: the first one)."""
+    """One clip; frames go through `pair` in order. `source` holds the source's frames; `character` the first
+    frame of a reference character, whose scale the driving motion has; `reference` the driving frame that
+    motion is relative to (None: the first one)."""
 
     def __init__(
         self,
@@ -148,9 +147,7 @@ class MotionStitch:
         if keys is None:
             keys = _IMAGE_KEYS if self._is_image else _VIDEO_KEYS
         if unknown := set(keys) - {*WIDTHS, "kp"}:
-            raise ConfigError(
-                f"unknown motion {min(unknown)!r} in use_d_keys; choose from: {', '.join(WIDTHS)}"
-            )
+            raise ConfigError(f"use_d_keys has {min(unknown)!r}; choose from: {', '.join(WIDTHS)}")
         if character is None:
             return keys
         ratio = float(np.ravel(character["scale"])[0] / np.ravel(self._source["scale"])[0])

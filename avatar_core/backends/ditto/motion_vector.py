@@ -1,4 +1,4 @@
-"""The motion of a face: key points moved by pose and expression, and the vector that the diffusion model makes.
+"""The motion of a face: key points moved by pose and expression, and the vector that the model makes.
 
 A `Motion` holds n frames: `scale` [n, 1], `pitch`, `yaw`, `roll` [n, 66] (logits of bins of 3 degrees), `t`
 [n, 3], `exp` [n, 63], and for a source `kp` [n, 63], all float32; 63 is 21 points by x, y, z. A pose that has

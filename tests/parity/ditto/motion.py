@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from avatar_core.backends.ditto.chaining import (
     ChainSettings,
     ClipChain,
     OnlineMotion,
+    Sample,
     offline_motion,
     smoothed,
 )
@@ -161,9 +162,8 @@ def crop_cases(golden: Golden) -> Values:
                 values[f"{prefix}.crop_strided"] = torch.from_numpy(square[::step, ::step].copy())
             if setting == "c512" and f"{name}.bchw256_strided" in shapes:
                 step = 256 // shapes[f"{name}.bchw256_strided"][2]
-                values[f"{name}.bchw256_strided"] = torch.from_numpy(
-                    network_input(square)[..., ::step, ::step]
-                )
+                pixels = network_input(square)[..., ::step, ::step]
+                values[f"{name}.bchw256_strided"] = torch.from_numpy(pixels.copy())
         values |= geometry(name, *crop_of(points, golden.settings["settings"], "c512"))
     return values
 
@@ -189,7 +189,8 @@ def geometry(name: str, size: int, matrices: CropMatrices) -> Values:
 
 def resize_rule(golden: Golden) -> Values:
     values = {}
-    for index, row in enumerate(golden.settings):
+    rows: Any = golden.settings
+    for index, row in enumerate(rows):
         height, width = fitted_size(row["h"], row["w"], row["max_dim"])
         values[f"{index}.out"] = [height, width, (height, width) != (row["h"], row["w"])]
     return values
@@ -319,7 +320,8 @@ def source_vector(golden: Golden) -> Array:
 
 
 def fuse(golden: Golden) -> Values:
-    values, names = {}, recorded_shapes(golden)
+    values: dict[str, Any] = {}
+    names = recorded_shapes(golden)
     for name, case in golden.settings["cases"].items():
         settings = chain_settings(case["setup"], case["setup"].get("online_mode", False))
         chain = ClipChain(settings, source_vector(golden))
@@ -375,9 +377,7 @@ class Draws:
         return torch.from_numpy(recipe.randn(self.seed, f"e2e/{self.case}/draw{self.count - 1}", shape))
 
 
-def driven(
-    golden: Golden, name: str, sample: Callable[[Array, Array], Array]
-) -> tuple[Tensor, Tensor | None]:
+def driven(golden: Golden, name: str, sample: Sample) -> tuple[Tensor, Tensor | None]:
     """Every frame with its true scale, and the frame that motion is relative to."""
     case, seed = golden.settings["cases"][name], golden.settings["seed"]
     settings = chain_settings(case["setup"], case["online"])
@@ -426,14 +426,13 @@ def stitched_pairs(golden: Golden, scenario: Mapping[str, Any]) -> tuple[Array, 
         given["character"] = record(number(golden, "ch_source"))
     source = record(number(golden, "source"))
     stitch = MotionStitch(StitchSettings(**setup, parity=True), source, **given)
-    rows = re.fullmatch(r"source\[(\d+)(:\d+)?\]", scenario["frames_source"])
-    first, moves = int(rows[1]), bool(rows[2])
+    first, end = re.fullmatch(r"source\[(\d+)(:\d+)?\]", scenario["frames_source"]).groups()
     drive = record(number(golden, "drive"))
     pairs = []
     for index, control in enumerate(scenario["per_frame_ctrl"]):
         if "delta_exp" in control:
             control = {**control, "delta_exp": number(golden, "delta_exp")}
-        pairs.append(stitch.pair(frame(drive, index), first + index * moves, control))
+        pairs.append(stitch.pair(frame(drive, index), int(first) + (index if end else 0), control))
     x_s, x_d = (np.stack(points) for points in zip(*pairs, strict=True))
     return x_s, x_d
 

@@ -26,8 +26,9 @@ def weights_list() -> None:
         table.add_column(heading)
     for name, entry in weights.load_registry().items():
         table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.title)
-        for part in entry.parts if entry.kind == "huggingface" else ():
-            table.add_row(f"{name}/{part}", "yes" if weights.present(f"{name}/{part}") else "no", "", "")
+        for part, files in entry.parts.items() if entry.kind == "huggingface" else ():
+            here = "yes" if weights.present(f"{name}/{part}") else "no"
+            table.add_row(f"{name}/{part}", here, files.licence, "")
     console.print(table)
 
 

@@ -70,6 +70,12 @@ def encode(samples: Samples, hubert: Hubert, *, parity: bool = False) -> NDArray
     return np.concatenate([np.zeros((0, FEATURE_DIM), np.float32), *chunks])[:frames]
 
 
+def silence(frames: int, hubert: Hubert) -> NDArray[np.float32]:
+    """[frames, 1024] as `encode` gives for silence: all its windows are one and the same."""
+    chunk = chunk_features(hubert(np.zeros(WINDOW_SAMPLES, np.float32)))
+    return np.tile(chunk, (-(-frames // CHUNK_FRAMES), 1))[:frames]
+
+
 class StreamingWindows:
     """Windows of speech that comes in pieces of any size, each as soon as its last sample is there."""
 

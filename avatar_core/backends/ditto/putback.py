@@ -1,5 +1,7 @@
 """The rendered face set back into its frame under a soft mask."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -66,3 +68,32 @@ class Putback:
         frame = self.frame.copy()
         frame[self.part] = np.clip(blended, 0, 255).astype(np.uint8)
         return frame
+
+
+class Composer:
+    """Frames of the video from renders: the whole frame of the source (`crop_size` None), or the render alone
+    as a square of `crop_size` pixels. `pictures` are the source's frames, one for a still."""
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        crop_to_picture: NDArray[np.floating],
+        crop_size: int | None = None,
+    ) -> None:
+        self._pictures, self._matrices, self._crop_size = pictures, crop_to_picture, crop_size
+        self._mask = blend_mask()
+        self._still = self._putback(0) if crop_size is None and len(pictures) == 1 else None
+
+    def _putback(self, source_frame: int) -> Putback:
+        return Putback(self._pictures[source_frame], self._matrices[source_frame], self._mask)
+
+    def compose(self, render: NDArray[np.float32], source_frame: int) -> Picture:
+        """`render` [512, 512, 3], 0..255."""
+        if self._crop_size is None:
+            return (self._still or self._putback(source_frame))(render)
+        square = np.clip(render, 0, 255).astype(np.uint8)
+        if self._crop_size == len(square):
+            return square
+        return np.asarray(
+            cv2.resize(square, (self._crop_size, self._crop_size), interpolation=cv2.INTER_AREA), np.uint8
+        )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar_core.backends.ditto.condition import NEUTRAL, Condition, Emotion, emotion_weights
 from avatar_core.backends.ditto.crop import (
     CROP_SIZE,
     CropMatrices,
@@ -22,7 +23,7 @@ from avatar_core.backends.ditto.crop import (
     outline,
 )
 from avatar_core.backends.ditto.eyes import eye_ball, eye_open
-from avatar_core.backends.ditto.motion_vector import WIDTHS, Array, Motion, smooth_motion
+from avatar_core.backends.ditto.motion_vector import WIDTHS, Array, Motion, frame, pack, smooth_motion
 from avatar_core.errors import InputError, about
 from avatar_core.media.affine import warp_square
 from avatar_core.media.face import Face, Picture, choose
@@ -63,17 +64,31 @@ class RegistrationSettings:
 
 
 @dataclass(frozen=True)
-class Avatar:
-    """A registered source of n frames: `motion` with `kp`, appearance volumes `features` [n, 32, 16, 64, 64],
-    `crop_to_picture` [n, 3, 3], `eye_open` [n, 2], `eye_ball` [n, 6], the first frame's canonical key points
-    `sc` [63]; float32."""
+class Character:
+    """What conditions the motion: a face's `motion` with `kp`, `eye_open` [n, 2], `eye_ball` [n, 6], the
+    first frame's canonical key points `sc` [63]; float32. A reference character may stand in for the
+    source."""
 
     motion: Motion
-    features: Array
-    crop_to_picture: Array
     eye_open: Array
     eye_ball: Array
     sc: Array
+
+    def condition(self, emotion: Emotion = NEUTRAL, **switches: bool) -> Condition:
+        return Condition(emotion_weights(emotion), self.eye_open, self.eye_ball, self.sc, **switches)
+
+    def first_vector(self) -> Array:
+        """[1, 265], what the first clip of motion follows."""
+        return pack(frame(self.motion, 0))
+
+
+@dataclass(frozen=True)
+class Avatar(Character):
+    """A registered source of n frames, with appearance volumes `features` [n, 32, 16, 64, 64] and
+    `crop_to_picture` [n, 3, 3]."""
+
+    features: Array
+    crop_to_picture: Array
     is_image: bool
 
     def __len__(self) -> int:

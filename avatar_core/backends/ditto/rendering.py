@@ -1,0 +1,43 @@
+"""Frames from key points: stitching, warping of the appearance volume, decoder; some frames at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avatar_core.backends.ditto.motion_vector import Array
+from avatar_core.backends.ditto.spade_decoder import SpadeDecoder
+from avatar_core.backends.ditto.stitching import StitchingNetwork
+from avatar_core.backends.ditto.warp import WarpingNetwork
+
+
+class Renderer:
+    def __init__(self, stitching: StitchingNetwork, warping: WarpingNetwork, decoder: SpadeDecoder) -> None:
+        self._stitching, self._warping, self._decoder = stitching, warping, decoder
+        parameter = next(warping.parameters())
+        self.device, self._dtype = parameter.device, parameter.dtype
+
+    def volumes(self, features: Array) -> Tensor:
+        """Appearance volumes [n, 32, 16, 64, 64] of a source, where they are used."""
+        return torch.from_numpy(features).to(self.device, self._dtype)
+
+    @torch.inference_mode()
+    def render(
+        self,
+        volumes: Tensor,
+        x_s: Array,
+        x_d: Array,
+        source_frames: Sequence[int],
+        *,
+        flag_stitching: bool = True,
+    ) -> Tensor:
+        """[k, 512, 512, 3] float32, 0..255, on the renderer's device, for key points [k, 21, 3] and the index
+        of the source's volume for each frame."""
+        source, driving = (torch.from_numpy(points).to(self.device) for points in (x_s, x_d))
+        if flag_stitching:
+            driving = self._stitching(source, driving)
+        volume = (
+            volumes.expand(len(x_s), -1, -1, -1, -1) if len(volumes) == 1 else volumes[list(source_frames)]
+        )
+        image = self._decoder(self._warping(volume, source, driving).feature)
+        return image.float().clamp(0, 1).permute(0, 2, 3, 1) * 255

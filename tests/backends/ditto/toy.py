@@ -1,0 +1,65 @@
+"""Ditto's own classes at toy size: renders are 64 x 64, a fixed matrix turns windows of speech into features."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
+from avatar_core.backends.ditto.motion_vector import WIDTHS
+from avatar_core.backends.ditto.registration import Avatar
+from avatar_core.backends.ditto.rendering import Renderer
+from avatar_core.backends.ditto.spade_decoder import DecoderConfig, SpadeDecoder
+from avatar_core.backends.ditto.stitching import StitchingConfig, StitchingNetwork
+from avatar_core.backends.ditto.stream import StreamModels
+from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
+
+RENDER_SIZE = 64
+WARP = WarpConfig(feature_channels=2, depth=2, compress=2, down=(4,), up=(4,), out_channels=8)
+DECODER = DecoderConfig(feature_channels=8, channels=(8, 8, 4), num_middle=1, label_channels=4)
+LMDM = LmdmConfig(latent_dim=16, ff_size=16, num_layers=1, num_heads=2)
+
+
+def toy_hubert(window: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[20, 1024]; loud and quiet, high and low sound differ."""
+    pieces = np.stack([window[320 * i : 320 * i + 400] for i in range(20)])
+    waves = np.sin(np.outer(np.arange(1, 1025), np.arange(400)) * 1e-3).astype(np.float32)
+    return pieces @ waves.T
+
+
+def toy_models(seed: int = 0) -> StreamModels:
+    torch.manual_seed(seed)
+    lmdm = MotionDecoder(LMDM).eval().requires_grad_(False)
+    networks = (StitchingNetwork(StitchingConfig()), WarpingNetwork(WARP), SpadeDecoder(DECODER))
+    renderer = Renderer(*(network.eval().requires_grad_(False) for network in networks))
+    return StreamModels(toy_hubert, lmdm, renderer)
+
+
+def toy_avatar(num_frames: int = 1, seed: int = 0) -> Avatar:
+    """Its crop of 512 pixels lies in the upper left quarter of a frame of 96 x 80."""
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    motion = {key: normal(num_frames, width) * np.float32(0.1) for key, width in WIDTHS.items()}
+    motion |= {"scale": np.ones((num_frames, 1), np.float32), "kp": normal(num_frames, 63) * np.float32(0.3)}
+    matrix = np.array([[48 / 512, 0, 0], [0, 40 / 512, 0], [0, 0, 1]], np.float32)
+    side = RENDER_SIZE // 8
+    return Avatar(
+        motion=motion,
+        eye_open=normal(num_frames, 2),
+        eye_ball=normal(num_frames, 6),
+        sc=motion["kp"][0],
+        features=normal(num_frames, WARP.feature_channels, WARP.depth, side, side),
+        crop_to_picture=np.repeat(matrix[None], num_frames, axis=0),
+        is_image=num_frames == 1,
+    )
+
+
+def toy_pictures(num_frames: int = 1) -> list[NDArray[np.uint8]]:
+    return [np.full((80, 96, 3), 40 + 20 * i, np.uint8) for i in range(num_frames)]
+
+
+def speech(duration_s: float, seed: int = 0) -> NDArray[np.float32]:
+    generator = np.random.default_rng(seed)
+    return (generator.standard_normal(round(duration_s * 16_000)) * 0.1).astype(np.float32)

@@ -1,0 +1,174 @@
+"""A random checkpoint in the official layout, small enough to make whole clips on a CPU in seconds.
+
+Every file is of the official kind, with the official names, and is read by the same code. Pictures have the
+official sizes (256 in, 512 out), feature maps between them are smaller. What comes out shows nothing, but it
+depends on the picture, the sound, the seed and every weight.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avatar_core.backends.ditto.appearance import AppearanceConfig, AppearanceExtractor
+from avatar_core.backends.ditto.files import FILES
+from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
+from avatar_core.backends.ditto.motion_extractor import MotionExtractor, MotionExtractorConfig
+from avatar_core.backends.ditto.official import official_shapes
+from avatar_core.backends.ditto.spade_decoder import DecoderConfig, SpadeDecoder
+from avatar_core.backends.ditto.stitching import StitchingConfig, StitchingNetwork
+from avatar_core.backends.ditto.tiny_onnx import (
+    write_blaze_face,
+    write_detector,
+    write_face_mesh,
+    write_landmark106,
+    write_landmark203,
+    write_speech_model,
+)
+from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
+from avatar_core.errors import WeightsError
+from avatar_core.weights import load_registry
+
+_WIDTH = 8
+
+APPEARANCE = AppearanceConfig(channels=(_WIDTH,) * 5, feature_channels=4, depth=2, num_resblocks=1)
+MOTION = MotionExtractorConfig(depths=(1, 1, 1, 1), dims=(_WIDTH,) * 4)
+WARP = WarpConfig(
+    feature_channels=4, depth=2, compress=1, down=(_WIDTH, _WIDTH), up=(_WIDTH, 4), out_channels=_WIDTH
+)
+DECODER = DecoderConfig(
+    feature_channels=_WIDTH, channels=(_WIDTH,) * 3, num_middle=1, label_channels=_WIDTH, upscale=8
+)
+STITCHING = StitchingConfig(hidden_sizes=(16, 16, 16))
+LMDM = LmdmConfig(latent_dim=32, ff_size=32, num_layers=1)
+
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
+    "appearance": lambda: AppearanceExtractor(APPEARANCE),
+    "motion": lambda: MotionExtractor(MOTION),
+    "warp": lambda: WarpingNetwork(WARP),
+    "decoder": lambda: SpadeDecoder(DECODER),
+    "stitch": lambda: StitchingNetwork(STITCHING),
+    "lmdm": lambda: MotionDecoder(LMDM),
+}
+
+_GAINS: Mapping[str, float] = {
+    "appearance/*.weight": 2.0,
+    "motion/detector.fc_*.weight": 0.1,
+    "warp/*conv.weight": 1.6,
+    "warp/dense_motion_network.compress.weight": 2.0,
+    "warp/dense_motion_network.mask.weight": 16.0,
+    "warp/fourth.weight": 3.0,
+    "decoder/*.weight": 1.4,
+    "stitch/mlp.6.weight": 0.01,
+    "lmdm/cond_projection.weight": 4.0,
+    "lmdm/non_attn_cond_projection.*.weight": 2.0,
+    "lmdm/seqTransDecoder.*.weight": 1.5,
+    "lmdm/final_layer.weight": 0.06,
+}
+"""By which the usual random weights grow, so that all that a frame depends on shows in it."""
+
+_MARK = "RANDOM_WEIGHTS.txt"
+_NOTE = "Random weights in the layout of Ditto's, made by `avatar weights tiny ditto`.\n"
+_KEYS = {"stitch": "retarget_shoulder", "lmdm": "model_state_dict"}
+
+
+def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
+    """Write all files below `folder`, in place of those of an earlier call. Raises `WeightsError` where the
+    folder holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).is_file():
+        raise WeightsError(f"{folder} holds other files; give an empty or absent folder")
+    writers: list[tuple[str, Callable[[tuple[Path, ...], int], None]]] = [
+        *((name, _network_writer(name)) for name in NETWORKS),
+        ("detector", lambda paths, _: write_detector(*paths)),
+        ("landmark106", lambda paths, seed: write_landmark106(*paths, np.random.default_rng(seed))),
+        ("landmark203", lambda paths, seed: write_landmark203(*paths, np.random.default_rng(seed))),
+        ("landmark478", _write_landmark478),
+        ("hubert", lambda paths, seed: write_speech_model(*paths, np.random.default_rng(seed))),
+    ]
+    parts = load_registry()["ditto-tiny"].parts
+    try:
+        for earlier in {part.folder.partition("/")[0] for part in parts.values()} | {"converted"}:
+            shutil.rmtree(folder / earlier, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).write_text(_NOTE, encoding="utf-8")
+        for number, (part, write) in enumerate(writers):
+            home = folder / parts[part].folder
+            home.mkdir(parents=True, exist_ok=True)
+            write(tuple(home / name for name in FILES[part]), seed * len(writers) + number)
+    except OSError as error:
+        raise WeightsError(f"the checkpoint cannot be written to {folder}: {error}") from error
+
+
+def random_state(name: str, seed: int) -> dict[str, Tensor]:
+    """One network's state under the names of its published file."""
+    model = NETWORKS[name]()
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        tensor: _random(f"{name}/{tensor}", values, generator)
+        for tensor, values in model.state_dict().items()
+    }
+    published = {}
+    for tensor in official_shapes(model):
+        if not tensor.endswith((".weight_orig", ".weight_u", ".weight_v")):
+            published[tensor] = state[tensor]
+        elif tensor.endswith("_orig"):
+            published |= _spectral_triple(tensor, state[tensor.removesuffix("_orig")])
+    return published
+
+
+def _random(name: str, values: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights keep the size of what they multiply, but for `_GAINS`."""
+    if name.endswith(("num_batches_tracked", "rotary.freqs")):
+        return values
+    if name in _STILL:
+        return _STILL[name]()
+    normal = torch.randn(values.shape, generator=generator)
+    if name.endswith("running_var"):
+        return (0.2 * normal).exp()
+    if name.endswith(("bias", "running_mean", "grn.gamma", "grn.beta")):
+        return 0.1 * normal
+    if values.dim() == 1:
+        return 1 + 0.1 * normal
+    gain = math.prod(each for pattern, each in _GAINS.items() if fnmatchcase(name, pattern))
+    return gain * normal / values[0].numel() ** 0.5
+
+
+def _spectral_triple(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The weight and the vectors that give its largest singular value."""
+    u, _, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    layer = name.removesuffix("_orig")
+    return {name: weight, f"{layer}_u": u[:, 0].contiguous(), f"{layer}_v": v[0].contiguous()}
+
+
+def _key_points() -> Tensor:
+    """(63,) canonical points of a face: two rows round, nearer in the middle."""
+    angles = torch.linspace(0, 2 * math.pi, 22)[:21]
+    radius = torch.where(torch.arange(21) % 2 == 0, 0.35, 0.2)
+    return torch.stack([radius * angles.cos(), radius * angles.sin(), 0.1 - radius], dim=1).flatten()
+
+
+_STILL: Mapping[str, Callable[[], Tensor]] = {
+    "motion/detector.fc_kp.bias": _key_points,
+    "motion/detector.fc_scale.bias": lambda: torch.full((1,), 1.4),
+}
+"""What every face has in common."""
+
+
+def _network_writer(name: str) -> Callable[[tuple[Path, ...], int], None]:
+    def write(paths: tuple[Path, ...], seed: int) -> None:
+        state = random_state(name, seed)
+        key = _KEYS.get(name)
+        torch.save({key: state} if key else state, paths[0])
+
+    return write
+
+
+def _write_landmark478(paths: tuple[Path, ...], seed: int) -> None:
+    blaze_face, face_mesh = paths
+    write_blaze_face(blaze_face, np.random.default_rng(seed))
+    write_face_mesh(face_mesh, np.random.default_rng(seed))

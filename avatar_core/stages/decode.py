@@ -1,7 +1,7 @@
 """Decode: frames of a clip, encoded to MP4 with the sound of its recordings while they are made."""
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,13 @@ class DecodeStage(BackendStage):
         self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report
     ) -> Output:
         picture, _ = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
-        height, width = picture.shape[:2]
         conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
         path = scratch / "clip.mp4"
+        frames = self.backend.decode(models, picture, conditions, config.backend)
+        first = next(frames)
+        height, width = first.shape[:2]
         with self._writer(path, item, config, width, height) as writer:
-            frames = self.backend.decode(models, picture, conditions, config.backend)
-            for done, frame in enumerate(islice(frames, config.num_frames), start=1):
+            for done, frame in enumerate(islice(chain([first], frames), config.num_frames), start=1):
                 writer.write_frame(frame)
                 report(done, config.num_frames)
         return Output(

@@ -24,6 +24,7 @@ Network = TypeVar("Network", bound=nn.Module)
 _ENTRIES = {"stitch": "retarget_shoulder", "lmdm": "model_state_dict"}
 """Where a file holds more than one state, the one that is used."""
 
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _NORMED = ("conv_0.weight", "conv_1.weight", "conv_s.weight")
 _TRIPLE = ("weight_orig", "weight_u", "weight_v")
 
@@ -93,6 +94,11 @@ def load_network(name: str, path: Path, device: str = "cpu", dtype: torch.dtype 
     model = NETWORKS[name](read_state(name, path))
     fold_norms(model)
     return model.to(device, dtype)
+
+
+def dtype_on(device: str, precision: str) -> torch.dtype:
+    """A CPU computes in float32 whatever the precision."""
+    return _DTYPES[precision] if device.startswith("cuda") else torch.float32
 
 
 def _build(network: type[Network], config_type: Any, state: State) -> Network:

@@ -56,12 +56,12 @@ def weights_verify(name: Annotated[str | None, typer.Argument()] = None) -> None
 
 @weights_app.command("convert")
 def weights_convert(
-    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer.")],
+    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer, or ditto.")],
     dtype: Annotated[
         str | None, typer.Option(help="Cast to bfloat16, float16 or float32; results get other keys.")
     ] = None,
 ) -> None:
-    """Copy a model into files that load faster."""
+    """Copy a model into files that load faster, or its settings into files that are safe to read."""
     backend = name.partition("/")[0].removesuffix("-tiny")
     copy = _backend_module(backend, "official").convert(name, dtype)
     console.print(Text(f"{name}: copied to {copy}"), soft_wrap=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar_core.backends.ditto.appearance import AppearanceConfig, AppearanceExtractor
+from avatar_core.backends.ditto.conversion import convert as convert
 from avatar_core.backends.ditto.layers import fold_norms
 from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
 from avatar_core.backends.ditto.motion_extractor import MotionExtractor, MotionExtractorConfig

@@ -6,6 +6,7 @@ depends on the picture, the sound, the seed and every weight.
 """
 
 import math
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from avatar_core.backends.ditto.appearance import AppearanceConfig, AppearanceExtractor
+from avatar_core.backends.ditto.config_pickle import read_pickle
+from avatar_core.backends.ditto.conversion import write_config
 from avatar_core.backends.ditto.files import FILES
 from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
 from avatar_core.backends.ditto.motion_extractor import MotionExtractor, MotionExtractorConfig
 from avatar_core.backends.ditto.official import official_shapes
 from avatar_core.backends.ditto.spade_decoder import DecoderConfig, SpadeDecoder
 from avatar_core.backends.ditto.stitching import StitchingConfig, StitchingNetwork
+from avatar_core.backends.ditto.tiny_config import key_points, tiny_config
 from avatar_core.backends.ditto.tiny_onnx import (
     write_blaze_face,
     write_detector,
@@ -33,6 +37,7 @@ from avatar_core.backends.ditto.tiny_onnx import (
 from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
 from avatar_core.errors import WeightsError
 from avatar_core.weights import load_registry
+from avatar_core.weights.record import Origin, hash_file, write_origin
 
 _WIDTH = 8
 
@@ -82,13 +87,14 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     folder holds anything else."""
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).is_file():
         raise WeightsError(f"{folder} holds other files; give an empty or absent folder")
-    writers: list[tuple[str, Callable[[tuple[Path, ...], int], None]]] = [
+    writers: list[tuple[str, Callable[[tuple[Path, ...], int], object]]] = [
         *((name, _network_writer(name)) for name in NETWORKS),
         ("detector", lambda paths, _: write_detector(*paths)),
         ("landmark106", lambda paths, seed: write_landmark106(*paths, np.random.default_rng(seed))),
         ("landmark203", lambda paths, seed: write_landmark203(*paths, np.random.default_rng(seed))),
         ("landmark478", _write_landmark478),
         ("hubert", lambda paths, seed: write_speech_model(*paths, np.random.default_rng(seed))),
+        ("config", lambda paths, seed: paths[0].write_bytes(pickle.dumps(tiny_config(seed), protocol=4))),
     ]
     parts = load_registry()["ditto-tiny"].parts
     try:
@@ -100,8 +106,18 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
             home = folder / parts[part].folder
             home.mkdir(parents=True, exist_ok=True)
             write(tuple(home / name for name in FILES[part]), seed * len(writers) + number)
+        _convert_config(folder)
     except OSError as error:
         raise WeightsError(f"the checkpoint cannot be written to {folder}: {error}") from error
+
+
+def _convert_config(folder: Path) -> None:
+    """As `avatar weights convert` does in the weights folder."""
+    path = folder / load_registry()["ditto-tiny"].parts["config"].folder / FILES["config"][0]
+    copy = folder / "converted" / "config"
+    write_config(read_pickle(path), copy)
+    files = {each.name: hash_file(each) for each in copy.iterdir()}
+    write_origin(copy, Origin(files, source={path.relative_to(folder).as_posix(): hash_file(path)}))
 
 
 def random_state(name: str, seed: int) -> dict[str, Tensor]:
@@ -145,15 +161,8 @@ def _spectral_triple(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: weight, f"{layer}_u": u[:, 0].contiguous(), f"{layer}_v": v[0].contiguous()}
 
 
-def _key_points() -> Tensor:
-    """(63,) canonical points of a face: two rows round, nearer in the middle."""
-    angles = torch.linspace(0, 2 * math.pi, 22)[:21]
-    radius = torch.where(torch.arange(21) % 2 == 0, 0.35, 0.2)
-    return torch.stack([radius * angles.cos(), radius * angles.sin(), 0.1 - radius], dim=1).flatten()
-
-
 _STILL: Mapping[str, Callable[[], Tensor]] = {
-    "motion/detector.fc_kp.bias": _key_points,
+    "motion/detector.fc_kp.bias": lambda: torch.from_numpy(key_points()),
     "motion/detector.fc_scale.bias": lambda: torch.full((1,), 1.4),
 }
 """What every face has in common."""

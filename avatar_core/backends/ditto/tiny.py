@@ -8,7 +8,7 @@ depends on the picture, the sound, the seed and every weight.
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -38,6 +38,9 @@ from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
 from avatar_core.errors import WeightsError
 from avatar_core.weights import load_registry
 from avatar_core.weights.record import Origin, hash_file, write_origin
+
+Writer = Callable[[Sequence[Path], int], object]
+"""Writes the files of one part, with a seed."""
 
 _WIDTH = 8
 
@@ -87,22 +90,22 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
     folder holds anything else."""
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).is_file():
         raise WeightsError(f"{folder} holds other files; give an empty or absent folder")
-    writers: list[tuple[str, Callable[[tuple[Path, ...], int], object]]] = [
-        *((name, _network_writer(name)) for name in NETWORKS),
-        ("detector", lambda paths, _: write_detector(*paths)),
-        ("landmark106", lambda paths, seed: write_landmark106(*paths, np.random.default_rng(seed))),
-        ("landmark203", lambda paths, seed: write_landmark203(*paths, np.random.default_rng(seed))),
-        ("landmark478", _write_landmark478),
-        ("hubert", lambda paths, seed: write_speech_model(*paths, np.random.default_rng(seed))),
-        ("config", lambda paths, seed: paths[0].write_bytes(pickle.dumps(tiny_config(seed), protocol=4))),
-    ]
+    writers: dict[str, Writer] = {name: _network_writer(name) for name in NETWORKS}
+    writers |= {
+        "detector": lambda paths, _: write_detector(paths[0]),
+        "landmark106": lambda paths, seed: write_landmark106(paths[0], np.random.default_rng(seed)),
+        "landmark203": lambda paths, seed: write_landmark203(paths[0], np.random.default_rng(seed)),
+        "landmark478": _write_landmark478,
+        "hubert": lambda paths, seed: write_speech_model(paths[0], np.random.default_rng(seed)),
+        "config": lambda paths, seed: paths[0].write_bytes(pickle.dumps(tiny_config(seed), protocol=4)),
+    }
     parts = load_registry()["ditto-tiny"].parts
     try:
         for earlier in {part.folder.partition("/")[0] for part in parts.values()} | {"converted"}:
             shutil.rmtree(folder / earlier, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARK).write_text(_NOTE, encoding="utf-8")
-        for number, (part, write) in enumerate(writers):
+        for number, (part, write) in enumerate(writers.items()):
             home = folder / parts[part].folder
             home.mkdir(parents=True, exist_ok=True)
             write(tuple(home / name for name in FILES[part]), seed * len(writers) + number)
@@ -168,8 +171,8 @@ _STILL: Mapping[str, Callable[[], Tensor]] = {
 """What every face has in common."""
 
 
-def _network_writer(name: str) -> Callable[[tuple[Path, ...], int], None]:
-    def write(paths: tuple[Path, ...], seed: int) -> None:
+def _network_writer(name: str) -> Writer:
+    def write(paths: Sequence[Path], seed: int) -> None:
         state = random_state(name, seed)
         key = _KEYS.get(name)
         torch.save({key: state} if key else state, paths[0])
@@ -177,7 +180,7 @@ def _network_writer(name: str) -> Callable[[tuple[Path, ...], int], None]:
     return write
 
 
-def _write_landmark478(paths: tuple[Path, ...], seed: int) -> None:
+def _write_landmark478(paths: Sequence[Path], seed: int) -> None:
     blaze_face, face_mesh = paths
     write_blaze_face(blaze_face, np.random.default_rng(seed))
     write_face_mesh(face_mesh, np.random.default_rng(seed))

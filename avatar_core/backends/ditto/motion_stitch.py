@@ -140,6 +140,7 @@ class MotionStitch:
         self._lips = lips
         self._gaze_from: dict[str, Array] = {}
         self._fade_target: Motion | None = None
+        self._x_s: dict[int, Array] = {}
         self._counter = start_frame
 
     def _driven_keys(self, character: Motion | None) -> Sequence[str] | Mapping[str, float]:
@@ -168,10 +169,17 @@ class MotionStitch:
         mixed["exp"] = self._expression(source, mixed["exp"])
         self._apply_controls(mixed, source, control)
         self._fade(mixed, source, control)
+        mixed |= {angle: degrees(mixed[angle]) for angle in POSE}
         if self._drive_eye:
             mixed["exp"] = self._gaze(mixed, source)
         self._counter += 1
-        return keypoints(source)[0], keypoints(mixed)[0]
+        return self._source_points(source_frame), keypoints(mixed)[0]
+
+    def _source_points(self, source_frame: int) -> Array:
+        """Computed once for every frame of the source."""
+        if source_frame not in self._x_s:
+            self._x_s[source_frame] = keypoints(frame(self._source, source_frame))[0]
+        return self._x_s[source_frame]
 
     def _mix(self, source: Motion, driving: Motion) -> dict[str, Array]:
         """Angles are mixed as logits."""
@@ -228,7 +236,7 @@ class MotionStitch:
         """The eyes turned against the head, from where it was in the first frame."""
         if not self._gaze_from:
             self._gaze_from = {angle: degrees(source[angle]) for angle in ("pitch", "yaw")}
-        turn = {angle: degrees(mixed[angle]) - still for angle, still in self._gaze_from.items()}
+        turn = {angle: mixed[angle] - still for angle, still in self._gaze_from.items()}
         right, down = 0.26 * float(turn["yaw"][0]), 0.28 * float(turn["pitch"][0])
         exp = mixed["exp"].copy()
         exp[:, 33] += right * (0.0007 if right > 0 else 0.001)

@@ -59,16 +59,20 @@ def degrees(angle: Array) -> Array:
 
 def rotation(pitch: Array, yaw: Array, roll: Array) -> Array:
     """[n, 3, 3] from degrees [n], to be multiplied from the right: (Rz Ry Rx) transposed."""
-    x, y, z = (np.deg2rad(angle).astype(np.float32) for angle in (pitch, yaw, roll))
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    about_x = _matrices([[one, zero, zero], [zero, np.cos(x), -np.sin(x)], [zero, np.sin(x), np.cos(x)]])
-    about_y = _matrices([[np.cos(y), zero, np.sin(y)], [zero, one, zero], [-np.sin(y), zero, np.cos(y)]])
-    about_z = _matrices([[np.cos(z), -np.sin(z), zero], [np.sin(z), np.cos(z), zero], [zero, zero, one]])
-    return np.asarray((about_z @ about_y @ about_x).transpose(0, 2, 1), np.float32)
-
-
-def _matrices(entries: list[list[Array]]) -> Array:
-    return np.stack([np.stack(row, axis=-1) for row in entries], axis=-2)
+    angles = np.deg2rad(np.stack([pitch, yaw, roll])).astype(np.float32)
+    (cos_x, cos_y, cos_z), (sin_x, sin_y, sin_z) = np.cos(angles), np.sin(angles)
+    entries = [
+        cos_z * cos_y,
+        sin_z * cos_y,
+        -sin_y,
+        cos_z * sin_y * sin_x - sin_z * cos_x,
+        sin_z * sin_y * sin_x + cos_z * cos_x,
+        cos_y * sin_x,
+        cos_z * sin_y * cos_x + sin_z * sin_x,
+        sin_z * sin_y * cos_x - cos_z * sin_x,
+        cos_y * cos_x,
+    ]
+    return np.stack(entries, axis=-1).reshape(-1, 3, 3)
 
 
 def keypoints(motion: Motion) -> Array:

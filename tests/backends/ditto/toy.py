@@ -1,4 +1,4 @@
-"""Ditto's own classes at toy size: renders are 64 x 64, a fixed matrix turns windows of speech into features."""
+"""Ditto's own classes at toy size: renders of 16 x 16 pixels; a fixed matrix makes features of speech."""
 
 import numpy as np
 import torch
@@ -13,17 +13,17 @@ from avatar_core.backends.ditto.stitching import StitchingConfig, StitchingNetwo
 from avatar_core.backends.ditto.stream import StreamModels
 from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
 
-RENDER_SIZE = 64
+RENDER_SIZE = 16
 WARP = WarpConfig(feature_channels=2, depth=2, compress=2, down=(4,), up=(4,), out_channels=8)
 DECODER = DecoderConfig(feature_channels=8, channels=(8, 8, 4), num_middle=1, label_channels=4)
+WAVES = np.sin(np.outer(np.arange(400), np.arange(1, 1025)) * 1e-3).astype(np.float32)
 LMDM = LmdmConfig(latent_dim=16, ff_size=16, num_layers=1, num_heads=2)
 
 
 def toy_hubert(window: NDArray[np.float32]) -> NDArray[np.float32]:
     """[20, 1024]; loud and quiet, high and low sound differ."""
     pieces = np.stack([window[320 * i : 320 * i + 400] for i in range(20)])
-    waves = np.sin(np.outer(np.arange(1, 1025), np.arange(400)) * 1e-3).astype(np.float32)
-    return pieces @ waves.T
+    return pieces @ WAVES
 
 
 def toy_models(seed: int = 0) -> StreamModels:

@@ -50,7 +50,7 @@ WARP = WarpConfig(
     feature_channels=4, depth=2, compress=1, down=(_WIDTH, _WIDTH), up=(_WIDTH, 4), out_channels=_WIDTH
 )
 DECODER = DecoderConfig(
-    feature_channels=_WIDTH, channels=(_WIDTH,) * 3, num_middle=1, label_channels=_WIDTH, upscale=8
+    feature_channels=_WIDTH, channels=(_WIDTH, _WIDTH, 4), num_middle=1, label_channels=_WIDTH, upscale=8
 )
 STITCHING = StitchingConfig(hidden_sizes=(16, 16, 16))
 LMDM = LmdmConfig(latent_dim=32, ff_size=32, num_layers=1)
@@ -125,7 +125,8 @@ def _convert_config(folder: Path) -> None:
 
 def random_state(name: str, seed: int) -> dict[str, Tensor]:
     """One network's state under the names of its published file."""
-    model = NETWORKS[name]()
+    with torch.random.fork_rng(devices=[]):
+        model = NETWORKS[name]()
     generator = torch.Generator().manual_seed(seed)
     state = {
         tensor: _random(f"{name}/{tensor}", values, generator)

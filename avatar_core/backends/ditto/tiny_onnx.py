@@ -48,7 +48,7 @@ _CENTRE, _HALF = (0.5, 0.45), (0.2, 0.24)  # of the face: by the picture's sides
 _IN_BOX, _IN_CROP = 2 / 3, 1 / 3  # half a face by half of what 106, by the whole of what 203 landmarks see
 _CROP_SHIFT = 0.1
 _IN_SQUARE, _SQUARE_SHIFT = 0.5 / 2.3, 0.125  # of the registered crop
-_COLOUR_GAIN = 0.03
+_COLOUR_GAIN = 0.015
 
 
 def write_speech_model(path: Path, generator: np.random.Generator) -> None:

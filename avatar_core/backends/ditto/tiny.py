@@ -72,11 +72,12 @@ _GAINS: Mapping[str, float] = {
     "warp/dense_motion_network.mask.weight": 16.0,
     "warp/fourth.weight": 3.0,
     "decoder/*.weight": 1.4,
+    "decoder/conv_img.0.weight": 0.4,
     "stitch/mlp.6.weight": 0.01,
     "lmdm/cond_projection.weight": 4.0,
     "lmdm/non_attn_cond_projection.*.weight": 2.0,
     "lmdm/seqTransDecoder.*.weight": 1.5,
-    "lmdm/final_layer.weight": 0.06,
+    "lmdm/final_layer.weight": 0.03,
 }
 """By which the usual random weights grow, so that all that a frame depends on shows in it."""
 
@@ -132,6 +133,8 @@ def random_state(name: str, seed: int) -> dict[str, Tensor]:
         tensor: _random(f"{name}/{tensor}", values, generator)
         for tensor, values in model.state_dict().items()
     }
+    if name == "decoder":
+        state |= {tensor: _soft(state[tensor]) for tensor in ("conv_img.0.weight", "conv_img.0.bias")}
     published = {}
     for tensor in official_shapes(model):
         if not tensor.endswith((".weight_orig", ".weight_u", ".weight_v")):
@@ -156,6 +159,12 @@ def _random(name: str, values: Tensor, generator: torch.Generator) -> Tensor:
         return 1 + 0.1 * normal
     gain = math.prod(each for pattern, each in _GAINS.items() if fnmatchcase(name, pattern))
     return gain * normal / values[0].numel() ** 0.5
+
+
+def _soft(values: Tensor) -> Tensor:
+    """The pixels that the last layer makes of one cell are nearly equal: a picture, not noise."""
+    colours = values.unflatten(0, (3, -1))
+    return (colours[:, :1] + 0.1 * colours).flatten(0, 1)
 
 
 def _spectral_triple(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ Array = NDArray[np.float32]
 
 _STEPS = 4
 _BLINK_FRAMES, _MOODS = 15, 40
-_LIMITS = {"scale": 0.6, "pitch": 3.0, "yaw": 3.0, "roll": 3.0, "t": 0.3, "exp": 0.25}
+_LIMITS = {"scale": 0.6, "pitch": 0.5, "yaw": 0.5, "roll": 0.5, "t": 0.05, "exp": 0.15}
 
 _MODELS = {
     "insightface_det_cfg": "detector",

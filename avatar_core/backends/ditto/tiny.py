@@ -86,12 +86,14 @@ _NOTE = "Random weights in the layout of Ditto's, made by `avatar weights tiny d
 _KEYS = {"stitch": "retarget_shoulder", "lmdm": "model_state_dict"}
 
 
-def write_tiny_checkpoint(folder: Path, *, seed: int = 0) -> None:
+def write_tiny_checkpoint(
+    folder: Path, *, seed: int = 0, networks: Mapping[str, Callable[[], nn.Module]] = NETWORKS
+) -> None:
     """Write all files below `folder`, in place of those of an earlier call. Raises `WeightsError` where the
-    folder holds anything else."""
+    folder holds anything else. `networks` may be of another size."""
     if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).is_file():
         raise WeightsError(f"{folder} holds other files; give an empty or absent folder")
-    writers: dict[str, Writer] = {name: _network_writer(name) for name in NETWORKS}
+    writers: dict[str, Writer] = {name: _network_writer(name, build) for name, build in networks.items()}
     writers |= {
         "detector": lambda paths, _: write_detector(paths[0]),
         "landmark106": lambda paths, seed: write_landmark106(paths[0], np.random.default_rng(seed)),
@@ -124,10 +126,10 @@ def _convert_config(folder: Path) -> None:
     write_origin(copy, Origin(files, source={path.relative_to(folder).as_posix(): hash_file(path)}))
 
 
-def random_state(name: str, seed: int) -> dict[str, Tensor]:
-    """One network's state under the names of its published file."""
+def random_state(name: str, build: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
+    """The state of one of `NETWORKS`, whatever its size, under the names of its published file."""
     with torch.random.fork_rng(devices=[]):
-        model = NETWORKS[name]()
+        model = build()
     generator = torch.Generator().manual_seed(seed)
     state = {
         tensor: _random(f"{name}/{tensor}", values, generator)
@@ -181,9 +183,9 @@ _STILL: Mapping[str, Callable[[], Tensor]] = {
 """What every face has in common."""
 
 
-def _network_writer(name: str) -> Writer:
+def _network_writer(name: str, build: Callable[[], nn.Module]) -> Writer:
     def write(paths: Sequence[Path], seed: int) -> None:
-        state = random_state(name, seed)
+        state = random_state(name, build, seed)
         key = _KEYS.get(name)
         torch.save({key: state} if key else state, paths[0])
 

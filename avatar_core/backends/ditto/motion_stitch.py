@@ -55,7 +55,6 @@ class StitchSettings:
     delta_eye_open_n: int | Sequence[int] = 0
     fade_type: Literal["", "d0", "s"] = ""
     fade_out_keys: Sequence[str] = ("exp",)
-    flag_stitching: bool = True
     overall_ctrl_info: Control = field(default_factory=dict)
     parity: bool = False
 

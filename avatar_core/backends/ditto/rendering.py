@@ -12,7 +12,11 @@ from avatar_core.backends.ditto.warp import WarpingNetwork
 
 
 class Renderer:
-    def __init__(self, stitching: StitchingNetwork, warping: WarpingNetwork, decoder: SpadeDecoder) -> None:
+    """`stitching` fits the driven face to the picture; without it key points are taken as they are."""
+
+    def __init__(
+        self, stitching: StitchingNetwork | None, warping: WarpingNetwork, decoder: SpadeDecoder
+    ) -> None:
         self._stitching, self._warping, self._decoder = stitching, warping, decoder
         parameter = next(warping.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
@@ -28,13 +32,11 @@ class Renderer:
         x_s: Array,
         x_d: Array,
         source_frames: Sequence[int],
-        *,
-        flag_stitching: bool = True,
     ) -> Tensor:
         """[k, 512, 512, 3] float32, 0..255, on the renderer's device, for key points [k, 21, 3] and the index
         of the source's volume for each frame."""
         source, driving = (torch.from_numpy(points).to(self.device) for points in (x_s, x_d))
-        if flag_stitching:
+        if self._stitching is not None:
             driving = self._stitching(source, driving)
         volume = (
             volumes.expand(len(x_s), -1, -1, -1, -1) if len(volumes) == 1 else volumes[list(source_frames)]

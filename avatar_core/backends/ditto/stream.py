@@ -58,7 +58,8 @@ class StreamModels(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """`limits` [2, 265], `delta_eye_arr` and `character` come with the published configuration.
+    """`limits` [2, 265], `delta_eye_arr`, `character` and `condition` (what motion is conditioned on:
+    `use_emo`, ...) come with the published configuration; `controls` are by frame.
     `batch_frames` are rendered at once; `waiting_frames` that nobody has taken, and `waiting_s` of speech,
     may be ahead. `crop_size`: the face's square alone, of so many pixels."""
 
@@ -72,6 +73,7 @@ class StreamSettings:
     limits: Array | None = None
     delta_eye_arr: Array | None = None
     character: Character | None = None
+    condition: Mapping[str, bool] = field(default_factory=dict)
     controls: Mapping[int, Control] = field(default_factory=dict)
     crop_size: int | None = None
     batch_frames: int = 5
@@ -215,7 +217,7 @@ class DittoStream:
         settings, hubert = self._settings, self._models.hubert
         driver = settings.character or self._avatar
         motion = OnlineMotion(
-            driver.condition(settings.emotion, eye_f0_mode=settings.eye_f0_mode),
+            driver.condition(settings.emotion, eye_f0_mode=settings.eye_f0_mode, **settings.condition),
             driver.first_vector(),
             self._sampler(),
             settings.chain,
@@ -278,9 +280,8 @@ class DittoStream:
     def _render(self) -> None:
         renderer = self._models.renderer
         volumes = renderer.volumes(self._avatar.features)
-        stitching = self._settings.stitch.flag_stitching
         for x_s, x_d, source_frames in self._key_points:
-            images = renderer.render(volumes, x_s, x_d, source_frames, flag_stitching=stitching)
+            images = renderer.render(volumes, x_s, x_d, source_frames)
             self._rendered.put(_Rendered(images, source_frames, _event(renderer.device)))
 
     def _compose(self) -> None:

@@ -4,6 +4,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, repeat
 from pathlib import Path
@@ -15,13 +16,21 @@ from numpy.typing import NDArray
 from avatar_core.backends.ditto.audio import WINDOW_SAMPLES
 from avatar_core.backends.ditto.chaining import ChainSettings
 from avatar_core.backends.ditto.channel import Channel
-from avatar_core.backends.ditto.motion_stitch import StitchSettings
+from avatar_core.backends.ditto.rendering import Renderer
 from avatar_core.backends.ditto.stream import DittoStream, StreamModels, StreamSettings
 from avatar_core.errors import BackendError, Cancelled, InputError
-from tests.backends.ditto.toy import RENDER_SIZE, speech, toy_avatar, toy_hubert, toy_models, toy_pictures
+from tests.backends.ditto.toy import (
+    RENDER_SIZE,
+    speech,
+    toy_avatar,
+    toy_hubert,
+    toy_models,
+    toy_networks,
+    toy_pictures,
+)
 
 FAST = StreamSettings(num_inference_steps=2, crop_size=RENDER_SIZE)
-WIDE = replace(FAST, chain=ChainSettings(overlap=30, online=True), batch_frames=50)
+WIDE = replace(FAST, chain=ChainSettings(overlap=2, online=True), batch_frames=78)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +132,9 @@ def test_the_render_is_set_back_into_the_frames_of_the_source(models: StreamMode
 
 def test_without_stitching_other_frames(models: StreamModels) -> None:
     samples = speech(0.4)
-    settings = replace(FAST, stitch=StitchSettings(flag_stitching=False))
+    loose = models._replace(renderer=Renderer(None, *toy_networks()[1:]))
 
-    assert not np.array_equal(rendered(models, settings, samples), rendered(models, FAST, samples))
+    assert not np.array_equal(rendered(loose, FAST, samples), rendered(models, FAST, samples))
 
 
 def test_speech_waits_while_nobody_takes_the_frames(models: StreamModels) -> None:
@@ -168,7 +177,8 @@ def test_an_error_in_a_thread_reaches_both_ends(models: StreamModels) -> None:
         return toy_hubert(window)
 
     with DittoStream(toy_avatar(), toy_pictures(), models._replace(hubert=breaking), FAST) as stream:
-        stream.feed(speech(1.0))
+        with suppress(BackendError):  # it may break before all is fed
+            stream.feed(speech(1.0))
         with pytest.raises(BackendError, match="the encoder broke"):
             next(iter(stream))
         with pytest.raises(BackendError, match="the encoder broke"):

@@ -14,7 +14,7 @@ from avatar_core.backends.ditto.stream import StreamModels
 from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
 
 RENDER_SIZE = 16
-WARP = WarpConfig(feature_channels=2, depth=2, compress=2, down=(4,), up=(4,), out_channels=8)
+WARP = WarpConfig(feature_channels=1, depth=2, compress=1, down=(2,), up=(2,), out_channels=8)
 DECODER = DecoderConfig(feature_channels=8, channels=(8, 8, 4), num_middle=1, label_channels=4)
 WAVES = np.sin(np.outer(np.arange(400), np.arange(1, 1025)) * 1e-3).astype(np.float32)
 LMDM = LmdmConfig(latent_dim=16, ff_size=16, num_layers=1, num_heads=2)
@@ -26,12 +26,17 @@ def toy_hubert(window: NDArray[np.float32]) -> NDArray[np.float32]:
     return pieces @ WAVES
 
 
-def toy_models(seed: int = 0) -> StreamModels:
-    torch.manual_seed(seed)
-    lmdm = MotionDecoder(LMDM).eval().requires_grad_(False)
-    networks = (StitchingNetwork(StitchingConfig()), WarpingNetwork(WARP), SpadeDecoder(DECODER))
-    renderer = Renderer(*(network.eval().requires_grad_(False) for network in networks))
-    return StreamModels(toy_hubert, lmdm, renderer)
+def toy_networks() -> tuple[StitchingNetwork, WarpingNetwork, SpadeDecoder]:
+    torch.manual_seed(0)
+    networks = StitchingNetwork(StitchingConfig()), WarpingNetwork(WARP), SpadeDecoder(DECODER)
+    for network in networks:
+        network.eval().requires_grad_(False)
+    return networks
+
+
+def toy_models() -> StreamModels:
+    renderer = Renderer(*toy_networks())
+    return StreamModels(toy_hubert, MotionDecoder(LMDM).eval().requires_grad_(False), renderer)
 
 
 def toy_avatar(num_frames: int = 1, seed: int = 0) -> Avatar:

@@ -418,6 +418,7 @@ def stitched_pairs(golden: Golden, scenario: Mapping[str, Any]) -> tuple[Array, 
         "num_frames": setup.pop("N_d", -1),
         "start_frame": scenario["start_idx"],
     }
+    setup.pop("flag_stitching", None)
     if setup.pop("d0", None):
         given["reference"] = record(number(golden, "d0_given"))
     if setup.pop("delta_eye_arr", None):

@@ -226,7 +226,7 @@ def about(machine: Machine) -> list[str]:
 
 def _gpu(machine: Machine) -> str:
     if not machine.on_gpu:
-        return "CPU, toy size: figures say nothing"
+        return "CPU: figures at toy size say nothing"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -3,7 +3,7 @@
 Nothing in it depends on speech, so that it is made once for all clips of a source.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -146,21 +146,37 @@ class FaceFinder:
         return self._landmarks_in(picture, outline(rough))
 
     def _face(self, picture: Picture) -> Face:
-        """Of those found, the one that was tracked or chosen as the speaker; else the largest."""
+        """Of those found, the one nearest to where it was, or the chosen speaker; else the largest."""
         faces = self._detector.detect(picture)
-        box = None
-        if not self._settings.parity and self._landmarks is not None:
-            box = [*self._landmarks.min(axis=0), *self._landmarks.max(axis=0)]
-        elif not self._settings.parity and self._speaker is not None:
-            faces, box = faces or [self._speaker], self._speaker.box.tolist()
+        if self._landmarks is not None and not self._settings.parity and faces:
+            return _nearest(faces, self._landmarks.mean(axis=0))
+        if self._speaker is not None and not self._settings.parity and self._landmarks is None:
+            return self._detected_speaker(faces, self._speaker)
         if not faces:
             raise InputError("no face found; use a picture, or footage, in which the face is always seen")
-        return choose(faces, "largest", None if box is None else [box])[0]
+        return choose(faces, "largest")[0]
+
+    def _detected_speaker(self, faces: Sequence[Face], speaker: Face) -> Face:
+        """The speaker may have been found by another detector, and not be among the faces."""
+        if not faces:
+            return speaker
+        nearest = _nearest(faces, _centre(speaker))
+        x, y = _centre(nearest)
+        x_min, y_min, x_max, y_max = speaker.box
+        return nearest if x_min <= x <= x_max and y_min <= y <= y_max else speaker
 
     def _landmarks_in(self, picture: Picture, face: Outline) -> Array:
         matrices = crop_matrices(face, SIDE_203, _TRACKING_SCALE, _TRACKING_VY)
         crop = warp_square(picture, matrices.from_picture, SIDE_203)
         return mapped(self._landmark203.find(crop), matrices.to_picture)
+
+
+def _centre(face: Face) -> Array:
+    return np.asarray((face.box[:2] + face.box[2:]) / 2, np.float32)
+
+
+def _nearest(faces: Sequence[Face], point: Array) -> Face:
+    return min(faces, key=lambda face: float(np.linalg.norm(_centre(face) - point)))
 
 
 def _follows(before: Array, now: Array, picture: Picture) -> bool:

@@ -45,7 +45,9 @@ class Rotary(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 1.0 / _THETA ** (torch.arange(0, dim, 2).float() / dim))
+        # On the meta device, arithmetic and random numbers cost seconds of imports.
+        exponents = torch.arange(0, dim, 2, device="cpu").float() / dim
+        self.register_buffer("freqs", 1.0 / _THETA**exponents)
 
     freqs: Tensor
 
@@ -147,8 +149,8 @@ class MotionDecoder(nn.Module):
         super().__init__()
         self.config = config
         dim = config.latent_dim
-        self.null_cond_embed = nn.Parameter(torch.randn(1, config.seq_len, dim))
-        self.null_cond_hidden = nn.Parameter(torch.randn(1, dim))
+        self.null_cond_embed = nn.Parameter(torch.randn(1, config.seq_len, dim, device="cpu"))
+        self.null_cond_hidden = nn.Parameter(torch.randn(1, dim, device="cpu"))
         self.rotary = Rotary(dim)
         self.time_mlp = nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.Mish())
         self.to_time_cond = nn.Sequential(nn.Linear(4 * dim, dim))

@@ -160,7 +160,10 @@ class DittoBackend:
         stitched = chosen(config, self._official_config().defaults)["flag_stitching"]
         warping = self._network("warp", device, config.precision)
         decoder = self._network("decoder", device, config.precision)
-        return Renderer(self._network("stitch", device) if stitched else None, warping, decoder)
+        renderer = Renderer(self._network("stitch", device) if stitched else None, warping, decoder)
+        if config.compile:
+            renderer.compile(config.batch_frames)
+        return renderer
 
     def encode_audio(
         self,

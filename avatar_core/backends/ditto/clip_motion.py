@@ -70,7 +70,12 @@ class ClipMotion:
         settings = chain_settings(options)
         generator = torch.Generator().manual_seed(seed)
         sample = ClipSampler(
-            self._lmdm, options["sampling_timesteps"], config.guidance_scale, generator, parity=parity
+            self._lmdm,
+            options["sampling_timesteps"],
+            config.guidance_scale,
+            generator,
+            parity=parity,
+            cuda_graph=config.cuda_graph,
         )
         num_clips = -(-len(features) // settings.valid_frames)
         done = 0
@@ -97,7 +102,7 @@ class ClipMotion:
             avatar.motion,
             is_image=avatar.is_image,
             delta_eye_arr=self._official.arrays.get("delta_eye_arr"),
-            character=character and frame(character.motion, 0),
+            character=None if character is None else frame(character.motion, 0),
             num_frames=len(motion),
             seed=seed,
         )

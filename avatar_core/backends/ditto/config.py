@@ -92,7 +92,8 @@ class DenoiseConfig:
     footage); `drive_eye` (null: of pictures); `relative_d`: motion counts from the first frame;
     `delta_eye_open_n`: frames between blinks, or a list of them (0: random, -1: no blinks). `fade_in`,
     `fade_out`: so many frames fade from and to the first driven frame (`fade_type` d0) or the source (s).
-    `character`: the reference character of the published configuration conditions the motion."""
+    `character`: the reference character of the published configuration conditions the motion.
+    `cuda_graph`: each step is one launch on a GPU."""
 
     __pydantic_config__ = _STRICT
     mode: Mode = "default"
@@ -115,6 +116,7 @@ class DenoiseConfig:
     fade_in: Annotated[int, Field(ge=-1)] = -1
     fade_out: Annotated[int, Field(ge=-1)] = -1
     overall_ctrl_info: Mapping[str, float] | None = field(default=None, metadata=_ROW)
+    cuda_graph: bool = field(default=True, metadata={"execution": True})
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,15 @@ def fold_norms(model: nn.Module) -> None:
             module.fold()
 
 
+def channels_last(model: nn.Module) -> None:
+    """In place: convolutions keep the channels of a pixel together, as tensor cores read them."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 def count(state: Iterable[str], pattern: str) -> int:
     """How many blocks a state has whose names begin with `pattern` and a number: `blocks.` -> 0, 1, ..."""
     numbers = {name.removeprefix(pattern).partition(".")[0] for name in state if name.startswith(pattern)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from avatar_core.backends.ditto.appearance import AppearanceConfig, AppearanceExtractor
 from avatar_core.backends.ditto.conversion import convert as convert
-from avatar_core.backends.ditto.layers import fold_norms
+from avatar_core.backends.ditto.layers import channels_last, fold_norms
 from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
 from avatar_core.backends.ditto.motion_extractor import MotionExtractor, MotionExtractorConfig
 from avatar_core.backends.ditto.spade_decoder import DecoderConfig, SpadeDecoder
@@ -94,7 +94,10 @@ def load_network(name: str, path: Path, device: str = "cpu", dtype: torch.dtype 
     """One of `NETWORKS` on its device, in eval mode. Raises `WeightsError`."""
     model = NETWORKS[name](read_state(name, path))
     fold_norms(model)
-    return model.to(device, dtype)
+    model = model.to(device, dtype)
+    if device.startswith("cuda"):
+        channels_last(model)
+    return model
 
 
 def dtype_on(device: str, precision: str) -> torch.dtype:

@@ -20,6 +20,15 @@ class Renderer:
         self._stitching, self._warping, self._decoder = stitching, warping, decoder
         parameter = next(warping.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
+        self._batch_frames: int | None = None
+
+    def compile(self, batch_frames: int) -> None:
+        """The networks become code for batches of this size, which takes a while with the first one; smaller
+        batches are filled up. Does nothing on a CPU."""
+        if self.device.type == "cuda":
+            self._batch_frames = batch_frames
+            self._warping.compile(dynamic=False)
+            self._decoder.compile(dynamic=False)
 
     def volumes(self, features: Array) -> Tensor:
         """Appearance volumes [n, 32, 16, 64, 64] of a source, where they are used."""
@@ -38,8 +47,12 @@ class Renderer:
         source, driving = (torch.from_numpy(points).to(self.device) for points in (x_s, x_d))
         if self._stitching is not None:
             driving = self._stitching(source, driving)
-        volume = (
-            volumes.expand(len(x_s), -1, -1, -1, -1) if len(volumes) == 1 else volumes[list(source_frames)]
-        )
-        image = self._decoder(self._warping(volume, source, driving).feature)
-        return image.float().clamp(0, 1).permute(0, 2, 3, 1) * 255
+        rows = list(range(len(x_s)))
+        if self._batch_frames is not None:
+            rows += rows[-1:] * (self._batch_frames - len(rows))
+        if len(volumes) == 1:
+            volume = volumes.expand(len(rows), -1, -1, -1, -1)
+        else:
+            volume = volumes[[source_frames[row] for row in rows]]
+        image = self._decoder(self._warping(volume, source[rows], driving[rows]).feature)
+        return image[: len(x_s)].clamp(0, 1).permute(0, 2, 3, 1) * 255

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from avatar_core.errors import ConfigError
 
 NUM_TRAIN_STEPS = 1000
 _COSINE_OFFSET = 0.008
+_WARM_UPS = 3  # before a graph is captured
 
 Draw = Callable[[tuple[int, ...]], Tensor]
 """Standard normal noise of a shape."""
@@ -78,13 +80,54 @@ def predicted_noise(noisy: Tensor, clean: Tensor, alpha: Tensor) -> Tensor:
 
 
 def guided(
-    model: MotionDecoder, noisy: Tensor, cond_frame: Tensor, time: int, both: Guidance, weight: float
+    model: MotionDecoder,
+    noisy: Tensor,
+    cond_frame: Tensor,
+    times: Tensor,
+    both: Guidance,
+    weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Clean motion, guided and unconditional; `both` holds the unconditional half first."""
-    times = torch.full((2,), time, device=noisy.device)
+    """Clean motion, guided and unconditional. `times` (2,) holds the time twice, `both` the unconditional
+    half first."""
     clean = model(noisy.expand(2, -1, -1), cond_frame.expand(2, -1), times, both)
     unconditional, conditional = clean.chunk(2)
     return unconditional + weight * (conditional - unconditional), unconditional
+
+
+class GraphedStep:
+    """`guided` as one CUDA graph: its many small kernels cost more to launch than to run."""
+
+    def __init__(self, model: MotionDecoder, weight: float) -> None:
+        self._model, self._weight = model, weight
+        self._inputs: list[Tensor] = []
+        self._clean = torch.empty(0)
+        self._graph: Any = None
+
+    def __call__(self, noisy: Tensor, cond_frame: Tensor, times: Tensor, both: Guidance) -> Tensor:
+        given = [noisy, cond_frame, times, *both]
+        if self._graph is None:
+            self._capture(given)
+        for held, tensor in zip(self._inputs, given, strict=True):
+            held.copy_(tensor)
+        self._graph.replay()
+        return self._clean.clone()
+
+    def _capture(self, given: list[Tensor]) -> None:
+        self._inputs = [tensor.clone() for tensor in given]
+        stream: Any = torch.cuda.Stream(given[0].device)
+        stream.wait_stream(torch.cuda.current_stream(given[0].device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._run()
+        torch.cuda.current_stream(given[0].device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._clean = self._run()
+
+    def _run(self) -> Tensor:
+        noisy, cond_frame, times, tokens, hidden = self._inputs
+        return guided(self._model, noisy, cond_frame, times, Guidance(tokens, hidden), self._weight)[0]
 
 
 def both_halves(model: MotionDecoder, cond: Tensor) -> Guidance:
@@ -106,15 +149,22 @@ class ClipSampler:
         draw: Draw | None = None,
         *,
         parity: bool = False,
+        cuda_graph: bool = True,
     ) -> None:
-        """`draw` takes the place of the generator."""
+        """`draw` takes the place of the generator. `cuda_graph` has no effect on a CPU."""
         self.model = model
         self.schedule = Schedule(num_steps, parity)
         self.guidance = guidance
         self.device = model.null_cond_hidden.device
         self._draw = draw or (lambda shape: torch.randn(shape, generator=generator))
+        self._step: Callable[[Tensor, Tensor, Tensor, Guidance], Tensor] = self._guided
+        if cuda_graph and self.device.type == "cuda":
+            self._step = GraphedStep(model, guidance)
         self._shape = (1, model.config.seq_len, model.config.nfeats)
         self._step_noises = [self._noise() for _ in range(num_steps - 1)]
+
+    def _guided(self, noisy: Tensor, cond_frame: Tensor, times: Tensor, both: Guidance) -> Tensor:
+        return guided(self.model, noisy, cond_frame, times, both, self.guidance)[0]
 
     def _noise(self) -> Tensor:
         return self._draw(self._shape).to(self.device)
@@ -136,7 +186,7 @@ class ClipSampler:
         for step, time in enumerate(schedule.times):
             if visit:
                 visit(noisy)
-            clean, _ = guided(self.model, noisy, cond_frame, time, both, self.guidance)
+            clean = self._step(noisy, cond_frame, torch.full((2,), time, device=self.device), both)
             if step + 1 < schedule.num_steps:
                 noise = predicted_noise(noisy, clean, schedule.alphas[step])
                 noisy = (

@@ -28,6 +28,7 @@ from tests.parity.ditto.recipe import Shapes, randn, tiny_lmdm, weights
 from tests.parity.golden import Golden, Values
 
 GUIDANCE = 2.0
+"""The sidecars name it in words only."""
 FULL_SIZE: Mapping[str, tuple[type[nn.Module], Any]] = {
     "appearance": (AppearanceExtractor, AppearanceConfig()),
     "motion": (MotionExtractor, MotionExtractorConfig()),
@@ -156,14 +157,14 @@ LMDM: Mapping[str, Callable[[Golden], MotionDecoder]] = {"tiny": tiny_lmdm, "ful
 def lmdm_step(golden: Golden) -> Values:
     model = LMDM[golden.name.removeprefix("lmdm_step_")](golden)
     (cond,) = tagged_inputs(golden).values()
-    both, weight = both_halves(model, cond), guidance(golden)
+    both = both_halves(model, cond)
     values: dict[str, Any] = {}
     for name in golden.results:
         if found := STEP.fullmatch(name):
             kind, time = found[1], int(found[2])
-            x, cond_frame = golden.inputs["x"], golden.inputs["cond_frame"]
-            clean, unconditional = guided(model, x, cond_frame, time, both, weight)
-            conditional, _ = guided(model, x, cond_frame, time, both, 1.0)
+            x, cond_frame, times = golden.inputs["x"], golden.inputs["cond_frame"], torch.full((2,), time)
+            clean, unconditional = guided(model, x, cond_frame, times, both, GUIDANCE)
+            conditional, _ = guided(model, x, cond_frame, times, both, 1.0)
             noise = predicted_noise(x, clean, alphas_cumprod()[time])
             kinds = {"uncond": unconditional, "x_start": clean, "conditional": conditional}
             values[name] = (kinds | {"pred_noise": noise})[kind]
@@ -183,11 +184,6 @@ def probes(golden: Golden, model: MotionDecoder, cond: Tensor) -> dict[str, Tens
         "probe_time_mlp_t499": model.time_mlp(time),
         "probe_cond_encoder_out": model.conditional(cond).tokens,
     }
-
-
-def guidance(golden: Golden) -> float:
-    """The sidecars name it in words only; a perturbation sets another."""
-    return float(golden.settings.get("guidance", GUIDANCE))
 
 
 @torch.inference_mode()
@@ -210,7 +206,7 @@ def sampled(golden: Golden, run: str) -> dict[str, Any]:
     sampler = ClipSampler(
         model,
         int(found[2]),
-        guidance(golden),
+        GUIDANCE,
         draw=lambda shape: drawn(golden, f"ddim/{run}/draw{next(draws)}", shape),
         parity=True,
     )

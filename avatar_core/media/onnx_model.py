@@ -33,11 +33,19 @@ class OnnxModel:
         except Exception as error:  # onnxruntime's own errors have no common base
             reason = str(error).strip().partition("\n")[0]
             raise WeightsError(f"{path} cannot be read as an ONNX file: {reason}") from error
+        self._path = path
         self._input = self._session.get_inputs()[0].name
 
     def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """All outputs, in the file's order."""
-        outputs: list[NDArray[np.float32]] = self._session.run(None, {self._input: batch})
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+        try:
+            outputs: list[NDArray[np.float32]] = self._session.run(None, {self._input: batch})
+        except InvalidArgument as error:
+            raise WeightsError(
+                f"{self._path} does not take an input of shape {batch.shape}: is it another model's file?"
+            ) from error
         return outputs
 
 

@@ -170,8 +170,8 @@ def crop_cases(golden: Golden) -> Values:
 
 def crop_of(points: Array, settings: Mapping[str, Any], name: str) -> tuple[int, CropMatrices]:
     """The reference never hands on its `vx_ratio`."""
-    rotate = not name.endswith("_norot")
     setting = settings[name.removesuffix("_norot")]
+    rotate = setting.get("flag_do_rot", True) and not name.endswith("_norot")
     matrices = crop_matrices(
         outline(points), setting["dsize"], setting["scale"], setting["vy_ratio"], rotate=rotate
     )

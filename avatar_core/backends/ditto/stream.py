@@ -35,7 +35,7 @@ from avatar_core.backends.ditto.channel import Channel
 from avatar_core.backends.ditto.condition import NEUTRAL, Emotion
 from avatar_core.backends.ditto.lmdm import MotionDecoder
 from avatar_core.backends.ditto.motion_stitch import Control, MotionStitch, StitchSettings
-from avatar_core.backends.ditto.motion_vector import Array, frame, mirror_index, unpack
+from avatar_core.backends.ditto.motion_vector import Array, frame, keypoints, mirror_index, unpack
 from avatar_core.backends.ditto.putback import Composer
 from avatar_core.backends.ditto.registration import Avatar, Character
 from avatar_core.backends.ditto.rendering import Renderer
@@ -280,6 +280,9 @@ class DittoStream:
     def _render(self) -> None:
         renderer = self._models.renderer
         volumes = renderer.volumes(self._avatar.features)
+        if renderer.device.type == "cuda":  # kernels are chosen, or compiled, before the speech has come
+            still = np.repeat(keypoints(frame(self._avatar.motion, 0)), self._settings.batch_frames, axis=0)
+            renderer.render(volumes, still, still, [0] * len(still))
         for x_s, x_d, source_frames in self._key_points:
             images = renderer.render(volumes, x_s, x_d, source_frames)
             self._rendered.put(_Rendered(images, source_frames, _event(renderer.device)))

@@ -14,7 +14,7 @@ from avatar_core.backends.ditto.stream import StreamModels
 from avatar_core.backends.ditto.warp import WarpConfig, WarpingNetwork
 
 RENDER_SIZE = 16
-WARP = WarpConfig(feature_channels=1, depth=2, compress=1, down=(2,), up=(2,), out_channels=8)
+WARP = WarpConfig(feature_channels=1, depth=1, compress=1, down=(2,), up=(2,), out_channels=8)
 DECODER = DecoderConfig(feature_channels=8, channels=(8, 8, 4), num_middle=1, label_channels=4)
 WAVES = np.sin(np.outer(np.arange(400), np.arange(1, 1025)) * 1e-3).astype(np.float32)
 LMDM = LmdmConfig(latent_dim=16, ff_size=16, num_layers=1, num_heads=2)

@@ -7,8 +7,8 @@
 Parts: `networks` one by one; `rendering` of frames, in batches and variants; `motion`, a window of 80 frames;
 `decode` with putback, as a render of a table does it; `stream`, first frame after its speech has arrived, and
 sustained speed; `cold`, from the start of a process to its first frame. HuBERT is a random model of the
-published file's size, in `cold` a small one. A share is that of the dense bfloat16 rate measured on this
-machine. `--save` keeps the tables in bench/results/ditto.md.
+published file's size (which needs transformers), in `cold` a small one. A share is that of the dense bfloat16
+rate measured on this machine. `--save` keeps the tables in bench/results/ditto.md.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,44 +53,45 @@ CHAINS = {"offline, 50 steps, overlap 10": (50, 10), "online, 10 steps, overlap 
 
 @dataclass(frozen=True)
 class Variant:
+    """`graphs`: compiled into CUDA graphs, in place of the backend's own compilation."""
+
     name: str
     dtype: torch.dtype
-    channels_last: bool = False
-    compiled: str | None = None
+    in_channels_last: bool = False
+    compiled: bool = False
+    graphs: bool = False
 
 
 def variants_on(machine: Machine) -> list[Variant]:
+    """The last but one is what a render uses."""
     half = torch.float16
     if not machine.on_gpu:
         return [
             Variant("float32", torch.float32),
-            Variant("float32, channels last", torch.float32, channels_last=True),
+            Variant("float32, channels last", torch.float32, in_channels_last=True),
         ]
     return [
         Variant("float32", torch.float32),
-        Variant("bfloat16", torch.bfloat16),
+        Variant("bfloat16, channels last", torch.bfloat16, True),
         Variant("float16", half),
-        Variant("float16, channels last", half, channels_last=True),
-        Variant("float16, channels last, compiled", half, True, "default"),
-        Variant("float16, channels last, CUDA graphs", half, True, "reduce-overhead"),
+        Variant("float16, channels last", half, True),
+        Variant("float16, channels last, compiled", half, True, compiled=True),
+        Variant("float16, channels last, CUDA graphs", half, True, graphs=True),
     ]
 
 
-def prepared(name: str, size: Size, machine: Machine, variant: Variant) -> Any:
-    network = random_network(name, size, machine.device, variant.dtype)
-    if variant.channels_last:
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        for parameter in network.parameters():
-            if parameter.dim() in formats:
-                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+def random_renderer(size: Size, machine: Machine, variant: Variant, batch: int) -> Renderer:
+    networks = [
+        random_network(name, size, machine.device, variant.dtype, in_channels_last=variant.in_channels_last)
+        for name in ("warp", "decoder")
+    ]
+    if variant.graphs:
+        for network in networks:
+            network.compile(mode="reduce-overhead")
+    renderer = Renderer(random_network("stitch", size, machine.device), *networks)
     if variant.compiled:
-        network.compile(mode=variant.compiled)
-    return network
-
-
-def random_renderer(size: Size, machine: Machine, variant: Variant) -> Renderer:
-    stitch = random_network("stitch", size, machine.device)
-    return Renderer(stitch, *(prepared(name, size, machine, variant) for name in ("warp", "decoder")))
+        renderer.compile(batch)
+    return renderer
 
 
 # --- networks one by one
@@ -122,7 +124,8 @@ def lmdm_step(size: Size, machine: Machine) -> Callable[[], Tensor]:
     noisy = torch.randn(1, SEQ_FRAMES, MOTION_DIM, device=machine.device)
     cond = torch.randn(1, SEQ_FRAMES, CONDITION_DIM, device=machine.device)
     both = both_halves(lmdm, cond)
-    return lambda: guided(lmdm, noisy, noisy[:, 0], 500, both, 2.0)[0]
+    times = torch.full((2,), 500, device=machine.device)
+    return lambda: guided(lmdm, noisy, noisy[:, 0], times, both, 2.0)[0]
 
 
 @torch.inference_mode()
@@ -191,7 +194,7 @@ def renderer_call(
     machine: Machine, size: Size, variant: Variant, batch: int, features: Any
 ) -> Callable[[], Callable[[], object]]:
     def build() -> Callable[[], object]:
-        renderer = random_renderer(size, machine, variant)
+        renderer = random_renderer(size, machine, variant, batch)
         volumes = renderer.volumes(features)
         source, driven = random_key_points(batch)
         return lambda: renderer.render(volumes, source, driven, [0] * batch)
@@ -204,32 +207,21 @@ def decode(machine: Machine, size: Size, report: Report, rate: float) -> None:
     report.begin("Decode with putback", "batch", *RATES[:3])
     frames = 4 if size is TINY or not machine.on_gpu else 100
     variant = variants_on(machine)[-2]
-    renderer = lazily_built(lambda: random_renderer(size, machine, variant))
     avatar, (source, driven) = random_avatar(size), random_key_points(frames)
     composer = Composer([random_picture()], avatar.crop_to_picture, None)
     motion = {"x_s": source, "x_d": driven, "source_frames": np.zeros(frames, int)}
 
-    def clip(batch: int) -> None:
-        for _ in rendered_frames(renderer(), composer, avatar.tensors(), motion, batch):
+    def clip(renderer: Renderer, batch: int) -> None:
+        for _ in rendered_frames(renderer, composer, avatar.tensors(), motion, batch):
             pass
 
     for batch in (1, 5):
 
         def cells(batch: int = batch) -> list[str]:
-            return speed(machine.seconds(lambda: clip(batch)) / frames, 0, 0)[:3]
+            renderer = random_renderer(size, machine, variant, batch)
+            return speed(machine.seconds(lambda: clip(renderer, batch)) / frames, 0, 0)[:3]
 
         report.measure(f"{variant.name}, {batch} at once", cells, machine)
-
-
-def lazily_built(build: Callable[[], Any]) -> Callable[[], Any]:
-    built: list[Any] = []
-
-    def get() -> Any:
-        if not built:
-            built.append(build())
-        return built[0]
-
-    return get
 
 
 # --- motion
@@ -241,15 +233,25 @@ def motion(machine: Machine, size: Size, report: Report, _: float) -> None:
     lmdm = random_network("lmdm", size, machine.device)
     cond_frame = np.zeros((1, MOTION_DIM), np.float32)
     cond = np.random.default_rng(0).standard_normal((1, SEQ_FRAMES, CONDITION_DIM)).astype(np.float32)
-    for name, (num_steps, overlap) in CHAINS.items():
-        sampler = ClipSampler(lmdm, num_steps, 2.0, torch.Generator().manual_seed(0))
+    for (name, (num_steps, overlap)), graphed in product(CHAINS.items(), graphs_on(machine)):
+        generator = torch.Generator().manual_seed(0)
 
-        def cells(sampler: ClipSampler = sampler, overlap: int = overlap) -> list[str]:
+        def cells(
+            num_steps: int = num_steps,
+            overlap: int = overlap,
+            graphed: bool = graphed,
+            generator: torch.Generator = generator,
+        ) -> list[str]:
+            sampler = ClipSampler(lmdm, num_steps, 2.0, generator, cuda_graph=graphed)
             seconds = machine.seconds(lambda: sampler(cond_frame, cond))
             each = seconds / (SEQ_FRAMES - overlap)
             return [f"{seconds * 1e3:.4g}", f"{each * 1e3:.3g}", f"{each * FPS:.3f}"]
 
-        report.measure(name, cells, machine)
+        report.measure(f"{name}{', CUDA graph' if graphed else ''}", cells, machine)
+
+
+def graphs_on(machine: Machine) -> tuple[bool, ...]:
+    return (False, True) if machine.on_gpu else (False,)
 
 
 # --- the whole

@@ -41,12 +41,13 @@ def stream(machine: Machine, size: Size, report: Report, _: float) -> None:
         "real-time factor",
         "peak GiB",
     )
-    models = stream_models(machine, size)
     duration_s = 20.0 if machine.on_gpu else 1.2
     for batch in (1, 5, 10):
         settings = StreamSettings(batch_frames=batch)
 
         def cells(settings: StreamSettings = settings) -> list[str]:
+            models = stream_models(machine, size)
+            models.renderer.compile(settings.batch_frames)
             if machine.on_gpu:
                 all_frames(models, size, settings, 2.0)  # warm
             first_s = first_frame_s(models, size, settings, lead)

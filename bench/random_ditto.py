@@ -13,7 +13,7 @@ from transformers import HubertConfig, HubertModel
 from avatar_core.backends.ditto import tiny
 from avatar_core.backends.ditto.appearance import AppearanceConfig, AppearanceExtractor
 from avatar_core.backends.ditto.audio import SAMPLE_RATE
-from avatar_core.backends.ditto.layers import fold_norms
+from avatar_core.backends.ditto.layers import channels_last, fold_norms
 from avatar_core.backends.ditto.lmdm import LmdmConfig, MotionDecoder
 from avatar_core.backends.ditto.motion_extractor import MotionExtractor, MotionExtractorConfig
 from avatar_core.backends.ditto.motion_vector import WIDTHS
@@ -90,11 +90,21 @@ TINY = Size(
 )
 
 
-def random_network(name: str, size: Size, device: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Built as from its published file: spectral and batch norms are folded."""
+def random_network(
+    name: str,
+    size: Size,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_channels_last: bool | None = None,
+) -> Any:
+    """Built as from its published file: norms are folded, convolutions lie channels-last on a GPU."""
     model = NETWORKS[name](tiny.random_state(name, size.builders()[name], seed=0))
     fold_norms(model)
-    return model.to(device, dtype)
+    model = model.to(device, dtype)
+    if device.startswith("cuda") if in_channels_last is None else in_channels_last:
+        channels_last(model)
+    return model
 
 
 def random_hubert(size: Size, device: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

@@ -2,6 +2,7 @@ import csv
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -110,7 +111,7 @@ def test_files_with_more_than_one_state_are_like_the_published_ones(tiny: Path) 
 
 
 def test_onnx_files_have_the_published_inputs_and_outputs(tiny: Path) -> None:
-    def described(part: str, index: int = 0) -> tuple[list, list]:
+    def described(part: str, index: int = 0) -> tuple[list[tuple[str, list[Any]]], list[list[Any]]]:
         session = onnxruntime.InferenceSession(str(model_files("ditto-tiny", part)[index]))
         return (
             [(each.name, each.shape) for each in session.get_inputs()],

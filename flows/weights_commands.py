@@ -29,8 +29,9 @@ def weights_list() -> None:
         table.add_column(heading)
     for name, entry in weights.load_registry().items():
         table.add_row(name, "yes" if weights.present(name) else "no", entry.licence, entry.title)
-        for part in entry.parts if entry.kind == "huggingface" else ():
-            table.add_row(f"{name}/{part}", "yes" if weights.present(f"{name}/{part}") else "no", "", "")
+        for part, files in entry.parts.items() if entry.kind == "huggingface" else ():
+            here = "yes" if weights.present(f"{name}/{part}") else "no"
+            table.add_row(f"{name}/{part}", here, files.licence, "")
     console.print(table)
 
 
@@ -58,12 +59,12 @@ def weights_verify(name: Annotated[str | None, typer.Argument()] = None) -> None
 
 @weights_app.command("convert")
 def weights_convert(
-    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer.")],
+    name: Annotated[str, typer.Argument(help="For example hunyuan/transformer, or ditto.")],
     dtype: Annotated[
         str | None, typer.Option(help="Cast to bfloat16, float16 or float32; results get other keys.")
     ] = None,
 ) -> None:
-    """Copy a model into files that load faster."""
+    """Copy a model into files that load faster, or its settings into files that are safe to read."""
     backend = name.partition("/")[0].removesuffix("-tiny")
     copy = _backend_module(backend, "official").convert(name, dtype)
     console.print(Text(f"{name}: copied to {copy}"), soft_wrap=True)

@@ -20,6 +20,7 @@ Tensors = Mapping[str, NDArray[Any]]
 BACKENDS = {
     "preview": "avatar_core.backends.preview.backend:PreviewBackend",
     "hunyuan": "avatar_core.backends.hunyuan.backend:HunyuanBackend",
+    "ditto": "avatar_core.backends.ditto.backend:DittoBackend",
 }
 
 

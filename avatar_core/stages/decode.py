@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,18 @@ class DecodeStage(BackendStage):
         self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report
     ) -> Output:
         picture, _ = load_fitted(self.backend, item, config.max_side, config.backend)
-        height, width = picture.shape[:2]
         path = scratch / "clip.mp4"
         with ExitStack() as opened:
-            writer = opened.enter_context(self._writer(path, item, config, width, height))
             source: Any = picture
             if "video" in item.assets:
                 source = opened.enter_context(
                     open_fitted(self.backend, item, config.max_side, config.backend)
                 )
             frames = self._frames(models, source, item, config)
-            for done, frame in enumerate(islice(frames, config.num_frames), start=1):
+            first = next(frames)
+            height, width = first.shape[:2]
+            writer = opened.enter_context(self._writer(path, item, config, width, height))
+            for done, frame in enumerate(islice(chain([first], frames), config.num_frames), start=1):
                 writer.write_frame(frame)
                 report(done, config.num_frames)
         return Output(

@@ -24,12 +24,14 @@ class File:
 @dataclass(frozen=True)
 class Part:
     """Files of one model: patterns in `folder` (`.`: the repository itself), each of which must match unless
-    it is `optional`. A part `on_request` does not belong to the whole: it comes by its own name only."""
+    it is `optional`. A part `on_request` does not belong to the whole: it comes by its own name only.
+    `licence` where it is not that of the whole."""
 
     folder: str
     files: tuple[str, ...]
     optional: tuple[str, ...] = ()
     on_request: bool = False
+    licence: str = ""
 
 
 @dataclass(frozen=True)

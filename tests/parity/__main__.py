@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tests.parity.golden import Tolerance
-from tests.parity.judge import Parity, Verdict
+from tests.parity.judge import Parity, Perturbation, Verdict, unchanged
 
 app = typer.Typer(add_completion=False)
 
@@ -37,24 +37,25 @@ def cells(verdict: Verdict) -> list[str]:
 
 @app.command()
 def main(
-    backend: Annotated[str, typer.Argument(help="hunyuan, ...: a package of tests.parity")],
+    backend: Annotated[str, typer.Argument(help="hunyuan, ditto, ...: a package of tests.parity")],
     folder: Annotated[Path, typer.Argument(help="folder of NAME.json and NAME.safetensors")],
     perturb: Annotated[str, typer.Option(help="spoil one thing on purpose; its cases must fail")] = "",
 ) -> None:
     torch.set_num_threads(1)
-    parity = Parity(backend, folder)
+    perturbation = Perturbation(unchanged, touches=())
     if perturb:
         perturbations = importlib.import_module(f"tests.parity.{backend}.perturbations").PERTURBATIONS
         if perturb not in perturbations:
             raise typer.BadParameter(f"{perturb!r}; choose one of: {', '.join(perturbations)}")
-        parity = Parity(backend, folder, perturbations[perturb].spoil)
+        perturbation = perturbations[perturb]
     table = Table(title=f"{backend}: {folder}")
     for column in COLUMNS:
         table.add_column(column, no_wrap=column != "verdict")
     verdicts = []
-    for verdict in parity.all_verdicts():
-        verdicts.append(verdict)
-        table.add_row(*cells(verdict))
+    with perturbation.applied():
+        for verdict in Parity(backend, folder, perturbation.spoil).all_verdicts():
+            verdicts.append(verdict)
+            table.add_row(*cells(verdict))
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH

@@ -71,6 +71,7 @@ class Golden:
     """What a case may read.
 
     `inputs` and `weights` are named without a leading `in.`, `w.` or `weight.`; other names stay whole.
+    `results` are the names of what is recorded, for files whose names say what was done; not the values.
     `wrong_rows` is empty except under a perturbation: reference name -> reference name whose row of the name
     map is to be taken in its place (`misdirected` applies it). Cases load weights through it.
     """
@@ -82,6 +83,7 @@ class Golden:
     weights: Mapping[str, Tensor]
     load_sibling: Callable[[str], "Golden"]
     wrong_rows: Mapping[str, str] = field(default_factory=dict)
+    results: frozenset[str] = frozenset()
 
     def sibling(self, name: str) -> "Golden":
         """Another file of the folder, by its name with or without `.safetensors`."""
@@ -119,7 +121,19 @@ def load_golden(folder: Path, name: str, case: Case, load_sibling: Callable[[str
         inputs={key.removeprefix("in."): tensor for key, tensor in inputs.items()},
         weights={key.removeprefix("w.").removeprefix("weight."): tensor for key, tensor in weights.items()},
         load_sibling=load_sibling,
+        results=result_names(folder, name, case),
     )
+
+
+def result_names(folder: Path, name: str, case: Case) -> frozenset[str]:
+    """Of one file: its recorded tensors and sidecar values."""
+    values = {path for path in leaves(load_settings(folder, name)) if matches(path, case.recorded)}
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        return frozenset(values)
+    with safe_open(path, framework="pt") as file:
+        tensors = set(file.keys())
+    return frozenset(values | {key for key in tensors if not matches(key, case.inputs + case.weights)})
 
 
 def load_expected(folder: Path, name: str, case: Case) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,28 @@ Compute = Callable[[Golden], Values]
 Spoil = Callable[[Golden], Golden]
 
 
+def unchanged(golden: Golden) -> Golden:
+    return golden
+
+
 @dataclass(frozen=True)
 class Perturbation:
-    """Something spoilt on purpose. Exactly the cases with the prefixes `touches` must fail."""
+    """Something spoilt on purpose. Exactly the cases with the prefixes `touches` must fail. `code` names
+    constants of the project (`module:NAME`) and what stands in their place while it is `applied`."""
 
     spoil: Spoil
     touches: tuple[str, ...]
+    code: Mapping[str, Any] = field(default_factory=dict)
 
-
-def unchanged(golden: Golden) -> Golden:
-    return golden
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            for place, value in self.code.items():
+                module, _, name = place.partition(":")
+                owner = importlib.import_module(module)
+                undo.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+            yield
 
 
 @dataclass(frozen=True)

@@ -38,26 +38,35 @@ class ReferenceStage(BackendStage):
     ) -> Output:
         found = item.inputs["face"][0]
         faces = faces_from_tensors(found.tensors)
-        if config.required or len(faces) >= config.speakers:
+        encode_scene = getattr(self.backend, "encode_scene", None)
+        if encode_scene and config.boxes:
+            faces = []
+        elif config.required or len(faces) >= config.speakers:
             faces = choose(
                 faces, config.rule, config.boxes or None, config.speakers, min_face=config.min_face
             )
-        picture, scale = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
+        path = item.assets["image"][0]
+        picture, scale = load_fitted(self.backend, path, config.max_side, config.backend)
         height, width = picture.shape[:2]
-        scaled = [_scaled(face, *scale) for face in faces]
-        return Output(
-            {"faces": len(faces), "width": width, "height": height},
-            self.backend.encode_picture(models, picture, scaled, config.backend),
-        )
+        if encode_scene:
+            source = load_upright(path)
+            tensors = encode_scene(models, source, faces, config.boxes, config.speakers, config.backend)
+        else:
+            scaled = [_scaled(face, *scale) for face in faces]
+            tensors = self.backend.encode_picture(models, picture, scaled, config.backend)
+        return Output({"faces": len(faces), "width": width, "height": height}, tensors)
 
 
 def load_fitted(
     backend: Backend, path: Path, max_side: int, config: Any
 ) -> tuple[Picture, tuple[float, float]]:
-    """The upright picture at the size of the video, and its scale across and down. Ingest and face have
-    checked it: no limits here."""
-    picture = load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2))
-    return backend.fit_picture(picture, max_side, config)
+    """The upright picture at the size of the video, and its scale across and down."""
+    return backend.fit_picture(load_upright(path), max_side, config)
+
+
+def load_upright(path: Path) -> Picture:
+    """Ingest and face have checked it: no limits here."""
+    return load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2))
 
 
 def _scaled(face: Face, across: float, down: float) -> Face:

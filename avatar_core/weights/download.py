@@ -114,8 +114,8 @@ def _download_files(
 def _unreachable(repository: Repository, endpoint: str | None, error: Exception) -> WeightsError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return WeightsError(
-        f"{repository.project} could not be fetched from {endpoint or 'huggingface.co'}: {reason}; fetch again to "
-        "go on, set HF_ENDPOINT for a mirror or HF_TOKEN for access, or place the files by hand "
+        f"{repository.project} could not be fetched from {endpoint or 'huggingface.co'}: {reason}; fetch "
+        "again to go on, set HF_ENDPOINT for a mirror or HF_TOKEN for access, or place the files by hand "
         "(weights/README.md)"
     )
 

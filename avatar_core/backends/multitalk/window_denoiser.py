@@ -1,0 +1,128 @@
+"""The models of a window on their device, from the stored conditions of a clip to the window's latents."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatar_core import weights
+from avatar_core.backends.base import ReportStep
+from avatar_core.backends.multitalk.audio import audio_window
+from avatar_core.backends.multitalk.clip import clip_features
+from avatar_core.backends.multitalk.colour import match_colour
+from avatar_core.backends.multitalk.config import DenoiseConfig
+from avatar_core.backends.multitalk.official import load_clip, load_transformer, load_vae
+from avatar_core.backends.multitalk.sampling import ClipInputs, SamplerSettings, denoise_window
+from avatar_core.backends.multitalk.vae import decode_window, encode_condition
+from avatar_core.backends.multitalk.window_decoder import as_frame
+from avatar_core.backends.multitalk.windows import (
+    num_windows,
+    window_seed,
+    window_start,
+    with_mirrored_end,
+)
+from avatar_core.memory import Level, attention, attention_kernel, compile_blocks, place
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_STACKS = ("blocks",)
+_CASTS = {"int8_cast": "int8", "fp8_cast": "fp8"}
+
+
+class WindowDenoiser:
+    """`names` are those of the weights, by what they are."""
+
+    def __init__(self, names: Mapping[str, str], device: str, level: Level, config: DenoiseConfig) -> None:
+        on_gpu = device.startswith("cuda")
+        self._device = device
+        self._level = level
+        self._dtype = torch.bfloat16 if on_gpu else torch.float32
+        self._vae = load_vae(weights.locate(names["vae"]), device)
+        self._clip = load_clip(
+            weights.locate(names["clip"]), device, torch.float16 if on_gpu else torch.float32
+        )
+        self._transformer = load_transformer(
+            names["transformer"],
+            "cpu" if level.offload else device,
+            self._dtype,
+            lora=names.get("lora"),
+            lora_scale=config.lora_scale,
+            parity=config.mode == "parity",
+            cast=_CASTS.get(config.transformer),
+        )
+        place(self._transformer, level, device, _STACKS)
+        compile_blocks(self._transformer, level, device, _STACKS)
+        heads = self._transformer.config
+        self._kernel = attention_kernel(device, self._dtype, heads.dim // heads.num_heads)
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        text: Arrays,
+        reference: Arrays,
+        audio: Arrays,
+        seed: int,
+        config: DenoiseConfig,
+        report: ReportStep,
+        window: int,
+        previous: Arrays | None,
+    ) -> dict[str, NDArray[Any]]:
+        """`latents` [16, T, h, w]; with a window to follow also `motion_frames` [3, frames, H, W] in -1..1,
+        the end of this one, and in `parity` the state of the one generator that a clip has."""
+        picture = as_frame(reference["picture"]).to(self._device)
+        begin = self._tensor(previous["motion_frames"]) if previous else picture[:, None]
+        generator = self._generator(seed, window, config, previous)
+        condition = encode_condition(self._vae, begin[None], config.window_frames)
+        inputs = ClipInputs(
+            prompt_embeds=self._tensor(text["prompt_embeds"]),
+            negative_prompt_embeds=self._tensor(text["negative_prompt_embeds"]),
+            clip_features=clip_features(self._clip, begin[None, :, -1]),
+            condition=condition,
+            audio=self._tensor(self._speech(audio, window, config)),
+            speaker_masks=self._tensor(reference["speaker_masks"]),
+            motion_latents=_motion_latents(condition, begin.shape[1]) if previous else None,
+        )
+        with attention(self._kernel):
+            latents = denoise_window(
+                self._transformer, inputs, SamplerSettings.from_config(config), generator, report
+            )
+        tensors = {"latents": _array(latents)}
+        if config.mode == "parity" or window + 1 < num_windows(int(audio["num_frames"]), config):
+            frames = decode_window(self._vae, latents)
+            frames = match_colour(frames, picture, config.colour_correction)
+            tensors["motion_frames"] = _array(frames[:, -config.motion_frames :])
+            if config.mode == "parity":
+                tensors["generator_state"] = generator.get_state().numpy()
+        return tensors
+
+    def _speech(self, audio: Arrays, window: int, config: DenoiseConfig) -> NDArray[np.float32]:
+        start = window_start(window, config)
+        embeddings = with_mirrored_end(audio["embeddings"], start + config.window_frames)
+        return audio_window(embeddings, start, config.window_frames)
+
+    def _generator(
+        self, seed: int, window: int, config: DenoiseConfig, previous: Arrays | None
+    ) -> torch.Generator:
+        """In `parity` on the device and one for the whole clip, otherwise one per window, equal on every
+        device."""
+        if config.mode != "parity":
+            return torch.Generator().manual_seed(window_seed(seed, window))
+        generator = torch.Generator(self._device).manual_seed(seed)
+        if previous:
+            generator.set_state(torch.from_numpy(np.array(previous["generator_state"])))
+        return generator
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.float32)).to(self._device)
+
+
+def _motion_latents(condition: Tensor, num_frames: int) -> Tensor:
+    """Those of the frames before, without the mask."""
+    return condition[0, 4:, : 1 + (num_frames - 1) // 4]
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    return np.asarray(tensor.float().cpu().numpy())

@@ -12,15 +12,27 @@ plain model of the same size. A part that does not fit into memory, does not wor
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_report import Machine, Report, about, as_markdown, console, lazily
+from gpu_report import (
+    GOAL,
+    Machine,
+    Report,
+    Speeds,
+    about,
+    as_markdown,
+    console,
+    gemm_rate,
+    kernels_of,
+    lazily,
+    limited_to,
+)
 from gpu_stages import stages
 from random_models import (
     FULL,
@@ -39,19 +51,9 @@ from avatar_core.backends.hunyuan.chunked_blocks import run_in_chunks
 from avatar_core.backends.hunyuan.sampling import GuidedTransformer, guide
 from avatar_core.backends.hunyuan.schedules import EARLY_STEPS, ClipWindows, cached_steps
 from avatar_core.backends.hunyuan.transformer import Conditions, TransformerConfig
-from avatar_core.memory import (
-    ATTENTION_KERNELS,
-    LEVELS,
-    Level,
-    attention,
-    compile_blocks,
-    kernel_problem,
-    place,
-)
+from avatar_core.memory import LEVELS, Level, attention, compile_blocks, place
 
 PUBLISHED_PFLOP = 4.81  # of a forward at full size with 256 tokens of text
-NAMED_SHARE = 0.95  # of the memory in a card's name is there for us
-GOAL = 0.60  # of the measured rate, without approximation
 COMPILED = Level("compiled", 0, compile=True)
 FULL_STEPS = 50
 
@@ -64,26 +66,6 @@ def forward_flops(config: TransformerConfig, image_tokens: int, text_tokens: int
     rows, dim = image_tokens + text_tokens, config.hidden_size
     num_blocks = config.num_layers + config.num_single_layers
     return num_blocks * (4 * rows**2 * dim + 2 * rows * (4 + 2 * config.mlp_ratio) * dim**2)
-
-
-def gemm_rate(machine: Machine, report: Report) -> float:
-    """FLOP per second of the fastest square product, of normal random numbers."""
-    report.begin("Dense bfloat16 product", "side", "TFLOP/s")
-    rates = [0.0]
-    for side in machine.size.gemm_sides:
-
-        def cells(side: int = side) -> list[str]:
-            one, other = torch.randn(2, side, side, device=machine.device, dtype=torch.bfloat16)
-            product, calls = torch.empty_like(one), 10
-            seconds = machine.seconds(
-                lambda: [torch.mm(one, other, out=product) for _ in range(calls)], repeats=7
-            )
-            seconds /= calls
-            rates.append(2 * side**3 / seconds)
-            return [f"{rates[-1] / 1e12:.4g}"]
-
-        report.measure(str(side), cells, machine)
-    return max(rates)
 
 
 # --- one step
@@ -130,32 +112,6 @@ class Clip:
     def step(self, index: int = EARLY_STEPS + 10, *, cached: bool = False) -> Tensor:
         answers = self._guided(self._latents, self._timestep, index, 0, self._window, cached=cached)
         return guide(*answers, 6.0, torch.float32)
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """How a step's seconds become cells: seconds, share of the rate, times the yardstick, peak memory."""
-
-    machine: Machine
-    report: Report
-    rate: float
-    flops: float
-    plain_s: float | None = None
-
-    def measure(self, name: str, step: Callable[[], object], *, in_full: bool = True) -> float | None:
-        found: list[float] = []
-
-        def cells() -> list[str]:
-            found.append(self.machine.seconds(step))
-            return self.cells(found[0], in_full=in_full)
-
-        self.report.measure(name, cells, self.machine)
-        return found[0] if found else None
-
-    def cells(self, seconds: float, *, in_full: bool = True) -> list[str]:
-        share = f"{self.flops / seconds / self.rate:.1%}" if in_full and self.rate else "-"
-        faster = f"{self.plain_s / seconds:.2f}" if self.plain_s else "-"
-        return [f"{seconds:.3f}", share, faster, self.machine.peak()]
 
 
 @torch.no_grad()
@@ -222,16 +178,6 @@ def begin_speeds(title: str, machine: Machine, report: Report, rate: float) -> S
     return Speeds(machine, report, rate, 2 * flops)
 
 
-def kernels_of(machine: Machine) -> Iterator[tuple[str, str]]:
-    """Every attention kernel and what keeps it from working here, if anything."""
-    names = ATTENTION_KERNELS if machine.on_gpu else ("native", "_native_math")
-    for name in names:
-        yield (
-            name,
-            kernel_problem(name, machine.device, machine.dtype, machine.size.transformer.attention_head_dim),
-        )
-
-
 # --- memory
 
 
@@ -283,20 +229,6 @@ def _fit(transformer: Any, level: Level, machine: Machine) -> None:
     place(transformer, level, machine.device)
     if level.row_chunks:
         run_in_chunks(transformer)
-
-
-@contextmanager
-def limited_to(machine: Machine, gib: float) -> Iterator[None]:
-    """The device as if it had no more than so much memory."""
-    if not machine.on_gpu:
-        yield
-        return
-    fraction = min(1.0, NAMED_SHARE * gib / machine.memory_gib)
-    torch.cuda.set_per_process_memory_fraction(fraction, machine.device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, machine.device)
 
 
 # --- numbers
@@ -417,7 +349,7 @@ def main() -> None:
     if options.save:
         path = Path(__file__).resolve().parent / "results" / "gpu_hunyuan.md"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(as_markdown(machine, report), encoding="utf-8")
+        path.write_text(as_markdown("HunyuanVideo-Avatar on a GPU", machine, report), encoding="utf-8")
         console.print(f"kept in {path}", soft_wrap=True)
 
 

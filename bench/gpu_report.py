@@ -7,17 +7,32 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
 
 import torch
-from random_models import Size
 from rich.console import Console
 
-from avatar_core.memory import GIB, attention_kernel, free_device_memory
+from avatar_core.memory import ATTENTION_KERNELS, GIB, attention_kernel, free_device_memory, kernel_problem
 
 console = Console(width=160, highlight=False)
+
+GOAL = 0.60  # of the measured rate, without approximation
+NAMED_SHARE = 0.95  # of the memory in a card's name is there for us
+
+
+class Size(Protocol):
+    """Of what is measured."""
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def gemm_sides(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Machine:
         return torch.bfloat16
 
     def attention_kernel(self) -> str:
-        return attention_kernel(self.device, self.dtype, self.size.transformer.attention_head_dim)
+        return attention_kernel(self.device, self.dtype, self.size.head_dim)
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -117,8 +132,78 @@ def lazily(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def as_markdown(machine: Machine, report: Report) -> str:
-    lines = ["# HunyuanVideo-Avatar on a GPU", "", *(f"- {line}" for line in about(machine))]
+def gemm_rate(machine: Machine, report: Report) -> float:
+    """FLOP per second of the fastest square product, of normal random numbers."""
+    report.begin("Dense bfloat16 product", "side", "TFLOP/s")
+    rates = [0.0]
+    for side in machine.size.gemm_sides:
+
+        def cells(side: int = side) -> list[str]:
+            one, other = torch.randn(2, side, side, device=machine.device, dtype=torch.bfloat16)
+            product, calls = torch.empty_like(one), 10
+            seconds = machine.seconds(
+                lambda: [torch.mm(one, other, out=product) for _ in range(calls)], repeats=7
+            )
+            seconds /= calls
+            rates.append(2 * side**3 / seconds)
+            return [f"{rates[-1] / 1e12:.4g}"]
+
+        report.measure(str(side), cells, machine)
+    return max(rates)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How a step's seconds become cells: seconds, share of the rate, times the yardstick, peak memory."""
+
+    machine: Machine
+    report: Report
+    rate: float
+    flops: float
+    plain_s: float | None = None
+
+    def measure(self, name: str, step: Callable[[], object], *, in_full: bool = True) -> float | None:
+        found: list[float] = []
+
+        def cells() -> list[str]:
+            found.append(self.machine.seconds(step))
+            return self.cells(found[0], in_full=in_full)
+
+        self.report.measure(name, cells, self.machine)
+        return found[0] if found else None
+
+    def cells(self, seconds: float, *, in_full: bool = True) -> list[str]:
+        share = f"{self.flops / seconds / self.rate:.1%}" if in_full and self.rate else "-"
+        faster = f"{self.plain_s / seconds:.2f}" if self.plain_s else "-"
+        return [f"{seconds:.3f}", share, faster, self.machine.peak()]
+
+
+def kernels_of(machine: Machine) -> Iterator[tuple[str, str]]:
+    """Every attention kernel and what keeps it from working here, if anything."""
+    names = ATTENTION_KERNELS if machine.on_gpu else ("native", "_native_math")
+    for name in names:
+        yield (
+            name,
+            kernel_problem(name, machine.device, machine.dtype, machine.size.head_dim),
+        )
+
+
+@contextmanager
+def limited_to(machine: Machine, gib: float) -> Iterator[None]:
+    """The device as if it had no more than so much memory."""
+    if not machine.on_gpu:
+        yield
+        return
+    fraction = min(1.0, NAMED_SHARE * gib / machine.memory_gib)
+    torch.cuda.set_per_process_memory_fraction(fraction, machine.device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, machine.device)
+
+
+def as_markdown(title: str, machine: Machine, report: Report) -> str:
+    lines = [f"# {title}", "", *(f"- {line}" for line in about(machine))]
     for title, (columns, *rows) in report.tables.items():
         lines += ["", f"## {title}", "", _markdown_row(columns), _markdown_row(["---"] * len(columns))]
         lines += [_markdown_row([*cells, *[""] * (len(columns) - len(cells))]) for cells in rows]
@@ -135,7 +220,7 @@ def about(machine: Machine) -> list[str]:
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         _gpu(machine),
         f"Python {platform.python_version()}, {versions}",
-        f"`{shlex.join(['python', 'bench/gpu_hunyuan.py', *sys.argv[1:]])}`",
+        f"`{shlex.join(['python', f'bench/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
     ]
 
 

@@ -49,6 +49,10 @@ class Size:
     whisper: WhisperConfig
 
     @property
+    def head_dim(self) -> int:
+        return self.transformer.attention_head_dim
+
+    @property
     def frame_tokens(self) -> int:
         return self.height * self.width // 256
 

@@ -11,8 +11,8 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from slugify import slugify
 
 from avatar_core import weights
-from avatar_core.backends.base import Backend
+from avatar_core.backends.base import Backend, WindowedBackend
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
 from avatar_core.media.speakers import combined_duration_s
@@ -64,7 +64,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One video to be. `items` is empty for a rejected row, whose reason is in `error`."""
+    """One video to be. `items` is empty for a rejected row, whose reason is in `error`. Where the backend
+    works in `windows`, `items["denoise"]` is the last of them."""
 
     row: TableRow
     name: str
@@ -73,17 +74,56 @@ class Clip:
     seed: int | None = None
     items: Mapping[str, ItemSpec] = field(default_factory=dict)
     error: str | None = None
+    windows: tuple[ItemSpec, ...] = ()
+
+    def of_stage(self, stage: str) -> tuple[ItemSpec, ...]:
+        """Its items of a stage, in order."""
+        if stage == "denoise" and self.windows:
+            return self.windows
+        return (self.items[stage],) if stage in self.items else ()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Items that continue each other: the `window` of each and the item `previous` to it, -1 for the first;
+    shape (items,)."""
+
+    window: NDArray[np.intc]
+    previous: NDArray[np.intc]
+
+    @cached_property
+    def links(self) -> list[tuple[NDArray[np.intp], NDArray[np.intc]]]:
+        """Items and those that they continue, by window: from the second to the last."""
+        order = np.argsort(self.window, kind="stable")
+        _, *later = np.split(order, np.flatnonzero(np.diff(self.window[order])) + 1)
+        return [(items, self.previous[items]) for items in later]
+
+    def onwards(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """What is true of an item or of one before it."""
+        flags = flags.copy()
+        for items, previous in self.links:
+            flags[items] |= flags[previous]
+        return flags
+
+    def backwards(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """What is true of an item or of one after it."""
+        flags = flags.copy()
+        for items, previous in reversed(self.links):
+            flags[previous[flags[items]]] = True
+        return flags
 
 
 @dataclass(frozen=True)
 class StageItems:
     """The items of one stage that the clips need: `keys` (binary, sorted), `work` and the `first` clip of
-    each, shape (items,); `of_clip` is the item of each clip, shape (clips,), -1 where the row is rejected."""
+    each, shape (items,); `of_clip` is the item of each clip, the last one of a `chain`, shape (clips,), -1
+    where the row is rejected."""
 
     keys: NDArray[np.bytes_]
     work: NDArray[np.float64]
     first: NDArray[np.intc]
     of_clip: NDArray[np.intc]
+    chain: Chain | None = None
 
 
 class Clips(Sequence[Clip]):
@@ -107,12 +147,16 @@ class Clips(Sequence[Clip]):
         stages = [stage for stage in STAGES if stage in builder.stages]
         keys = {stage: bytearray() for stage in stages}
         work = {stage: array("d") for stage in stages}
+        windows = array("i")  # of each clip, and 1 of a rejected one
         for position, row in enumerate(rows):
             clips = builder.clips(row, self.names[position])
             parts = max(clip.part for clip in clips)
             for nth, clip in enumerate(clips):
                 if clip.error is not None:
                     self.rejected[len(self)] = clip.error
+                for window in clip.windows[:-1]:
+                    keys["denoise"] += bytes.fromhex(window.key)
+                    work["denoise"].append(window.work)
                 for stage in stages:
                     item = clip.items.get(stage)
                     keys[stage] += bytes.fromhex(item.key) if item else _NO_KEY
@@ -123,7 +167,10 @@ class Clips(Sequence[Clip]):
                 self.seed.append(clip.seed or 0)
                 self._nth.append(nth)
                 self._split.append(parts > 0)
+                windows.append(len(clip.windows) or 1)
         self.stages = {stage: _stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
+        if builder.windowed:
+            self.stages["denoise"] = _chained(self.stages["denoise"], np.asarray(windows))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -164,10 +211,20 @@ class Clips(Sequence[Clip]):
         keys = (text[at : at + 64] for at in range(0, len(text), 64))
         return [next(keys) if known else None for known in (of_clip >= 0).tolist()]
 
+    def window_keys(self, start: int, stop: int) -> list[list[str] | None]:
+        """The keys of all windows of the clips from `start` to before `stop`, None where the row is
+        rejected."""
+        return [[item.key for item in clip.windows] or None for clip in self[start:stop]]
+
     def name_of_item(self, stage: str, key: str) -> str:
-        """The name of the first clip that needs an item."""
+        """The name of the first clip that needs an item, with the window that it is, if of several."""
         items = self.stages[stage]
-        return self.name(int(items.first[np.searchsorted(items.keys, np.array(bytes.fromhex(key), KEY))]))
+        item = np.searchsorted(items.keys, np.array(bytes.fromhex(key), KEY))
+        clip = int(items.first[item])
+        count = len(self[clip].windows) if items.chain else 0
+        if not items.chain or count < 2:
+            return self.name(clip)
+        return f"{self.name(clip)}, window {items.chain.window[item] + 1} of {count}"
 
     def row_column(self, name: str, start: int, stop: int) -> list[Any]:
         """A field of their rows for the clips from `start` to before `stop`."""
@@ -191,6 +248,21 @@ def _stage_items(keys: bytearray, work: "array[float]") -> StageItems:
     )
 
 
+def _chained(entries: StageItems, windows: NDArray[np.intc]) -> StageItems:
+    """The items of `entries` for each window of each clip, given the number of `windows` of each clip."""
+    ends = np.cumsum(windows)
+    clips = np.repeat(np.arange(len(windows), dtype=np.intc), windows)
+    item = entries.of_clip
+    within = np.arange(len(item), dtype=np.intc) - (ends - windows)[clips].astype(np.intc)
+    window, previous = np.zeros((2, len(entries.keys)), np.intc)
+    previous -= 1
+    accepted, later = item >= 0, np.flatnonzero(within)
+    window[item[accepted]] = within[accepted]
+    previous[item[later]] = item[later - 1]
+    first, last = clips[entries.first], item[ends - 1]
+    return replace(entries, first=first, of_clip=last, chain=Chain(window, previous))
+
+
 class ClipBuilder:
     """Builds the clips of a batch. `sources` maps `<column>:<uri>` of each picture and recording, as the
     table names it, to what ingest made of it.
@@ -205,6 +277,7 @@ class ClipBuilder:
         self.backend = backend
         self.stages = stages
         self.sources = sources
+        self.windowed = isinstance(backend, WindowedBackend)
         # Neighbouring rows share pictures, recordings and options.
         self._settings = lru_cache(RECENT)(self._backend_settings)
         self._face = lru_cache(RECENT)(self._face_item)
@@ -238,28 +311,51 @@ class ClipBuilder:
             for part, segment in enumerate(segments):
                 part_seed = take_seed if part == 0 else derive_seed(take_seed, "part", part)
                 part_name = _numbered(name, take, part if len(segments) > 1 else None)
-                items = self._items(row, segment, part_seed)
-                yield Clip(row, part_name, take, part, part_seed, items)
+                items, windows = self._items(row, segment, part_seed)
+                yield Clip(row, part_name, take, part, part_seed, items, windows=windows)
 
-    def _items(self, row: TableRow, segment: Segment, seed: int) -> dict[str, ItemSpec]:
+    def _items(
+        self, row: TableRow, segment: Segment, seed: int
+    ) -> tuple[dict[str, ItemSpec], tuple[ItemSpec, ...]]:
         params = canonical_json(dict(row.params)) if row.params else "{}"
         recordings = _recordings(row)
         fps = row.fps or self.config.video.fps
         face = self._face(row.image)
         audio = self._audio(recordings, segment, fps, params)
         reference = self._reference(row.image, len(recordings), row.bbox or (), params)
-        conditions = {"audio": audio, "reference": reference}
+        conditions = {"audio": (audio,), "reference": (reference,)}
         if "text" in self.stages:
-            conditions["text"] = self._text(row.image, row.prompt or "", row.negative_prompt, params)
+            conditions["text"] = (self._text(row.image, row.prompt or "", row.negative_prompt, params),)
 
         settings = self._settings(params)
         denoise_config = DenoiseStageConfig(fps, settings.get("denoise"), seed)
-        denoise = self._item("denoise", denoise_config, conditions, seed=seed, work=audio.work)
+        windows: tuple[ItemSpec, ...] = ()
+        if isinstance(self.backend, WindowedBackend):
+            count = self.backend.num_windows(segment.duration_s, fps)
+            windows = self._windows(denoise_config, conditions, count, audio.work / count)
+        denoise = windows or (self._item("denoise", denoise_config, conditions, seed=seed, work=audio.work),)
         decode_config = self._decode(recordings, segment, fps, params)
         assets = {**reference.assets, **audio.assets}
-        inputs = {"reference": reference, "denoise": denoise}
+        inputs = {"reference": (reference,), "denoise": denoise}
         decode = self._item("decode", decode_config, inputs, assets, work=audio.work)
-        return {"face": face, **conditions, "denoise": denoise, "decode": decode}
+        items = {"face": face, **{stage: item for stage, (item,) in conditions.items()}}
+        return {**items, "denoise": denoise[-1], "decode": decode}, windows
+
+    def _windows(
+        self,
+        config: DenoiseStageConfig,
+        conditions: Mapping[str, tuple[ItemSpec, ...]],
+        count: int,
+        work: float,
+    ) -> tuple[ItemSpec, ...]:
+        """Each continues the one before; none knows how many there are."""
+        windows: list[ItemSpec] = []
+        for window in range(count):
+            inputs = {**conditions, "denoise": (windows[-1],)} if windows else conditions
+            in_window = replace(config, window=window)
+            item = self._item("denoise", in_window, inputs, seed=config.seed, window=window, work=work)
+            windows.append(item)
+        return tuple(windows)
 
     def _face_item(self, image: str) -> ItemSpec:
         limits = self.config.input
@@ -292,7 +388,7 @@ class ClipBuilder:
             backend=self._settings(params).get("reference"),
         )
         face = self._face(image)
-        return self._item("reference", config, {"face": face}, face.assets)
+        return self._item("reference", config, {"face": (face,)}, face.assets)
 
     def _decode_config(
         self, recordings: tuple[str, ...], segment: Segment, fps: float, params: str
@@ -315,17 +411,20 @@ class ClipBuilder:
         self,
         name: str,
         config: Any,
-        inputs: Mapping[str, ItemSpec] | None = None,
+        inputs: Mapping[str, tuple[ItemSpec, ...]] | None = None,
         assets: Mapping[str, tuple[Asset, ...]] | None = None,
         *,
         seed: int | None = None,
+        window: int | None = None,
         work: float = 1.0,
     ) -> ItemSpec:
         stage = self.stages[name]
-        keys = {stage_name: (spec.key,) for stage_name, spec in (inputs or {}).items()}
+        keys = {stage_name: tuple(s.key for s in specs) for stage_name, specs in (inputs or {}).items()}
         consumed = keys | {column: tuple(a.sha256 for a in found) for column, found in (assets or {}).items()}
         if seed is not None:
             consumed["seed"] = (str(seed),)
+        if window is not None:
+            consumed["window"] = (str(window),)
         owner = f"{name}/{self.backend.name}" if name in self.backend.versions else name
         fingerprint = self._fingerprint(stage.weights(config))
         key = item_key(owner, stage.version, self._digest(config), fingerprint, consumed)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from avatar_core.clips import STAGES
 from avatar_core.errors import StoreError
-from avatar_core.runs import find_run, list_runs, read_assets, read_plan
+from avatar_core.runs import find_run, list_runs, read_assets, read_plan, stage_keys
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc
 from avatar_core.store.storage import Storage
@@ -34,7 +34,7 @@ def verify_run(storage: Storage, name_or_id: str, *, repair: bool = False) -> Ve
     checked = 0
     for stage, keys in [
         ("ingest", None),
-        *((stage, set(clips[f"{stage}_key"].dropna())) for stage in STAGES),
+        *((stage, set(stage_keys(clips, stage))) for stage in STAGES),
     ]:
         files = _assets(storage, run.id) if keys is None else _results(storage, stage, keys)
         damaged = set()
@@ -68,7 +68,7 @@ def collect_garbage(
             continue
         clips = read_plan(storage, run_id)
         for stage in STAGES:
-            roots[stage] |= set(clips[f"{stage}_key"].dropna())
+            roots[stage] |= set(stage_keys(clips, stage))
         assets |= read_assets(storage, run_id)
     report = gc(storage, roots, assets, min_age_s=min_age_s, dry_run=not delete)
     if delete:

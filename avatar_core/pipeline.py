@@ -8,7 +8,7 @@ stage and publishes the dataset. Finished work is found by its content and never
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from avatar_core.plan import shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish, to_frame
 from avatar_core.run import run_shard
-from avatar_core.runs import find_run, read_plan, write_run
+from avatar_core.runs import find_run, read_plan, stage_keys, write_run
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import Catalog, drop, load_catalog
@@ -228,7 +228,7 @@ def _drop_stages(storage: Storage, run_id: str, stages: Sequence[str], only_fail
         finished = load_catalog(storage, "decode").ok_keys()
         clips = clips[~clips["decode_key"].isin(finished)]
     for stage in stages:
-        drop(storage, stage, set(clips[f"{stage}_key"].dropna()), load_catalog(storage, stage))
+        drop(storage, stage, set(stage_keys(clips, stage)), load_catalog(storage, stage))
 
 
 def _run_stage(
@@ -263,10 +263,34 @@ def _run_stage(
     runtime, on_gpu = batch.config.runtime, batch.stages[name].queue == "gpu"
     device = "cuda" if on_gpu and usable_gpus(runtime) and not runtime.pretend else "cpu"
     seconds = seconds_per_work(batch, name)
-    ready = (spec for spec in items if _is_ready(batch, spec))
-    pieces = shards(ready, seconds, batch.config.runtime.shard_seconds)
-    share_work(batch.storage, results.catalog, pieces, run, on_row=on_row, cancelled=cancelled)
+    left = items
+    while left:
+        passed_over: list[ItemSpec] = []
+        ready = _ready(batch, name, left, passed_over)
+        pieces = shards(ready, seconds, runtime.shard_seconds, batch.stages[name].max_items)
+        share_work(
+            batch.storage,
+            results.catalog,
+            pieces,
+            run,
+            continued=lambda shard: continued_data(name, shard, consumed_rows(batch, shard)),
+            on_row=on_row,
+            cancelled=cancelled,
+        )
+        left = passed_over if len(passed_over) < len(left) else []
     return damaged
+
+
+def _ready(
+    batch: Batch, stage: str, items: Sequence[ItemSpec], passed_over: list[ItemSpec]
+) -> Iterator[ItemSpec]:
+    """Those whose inputs are there when their turn comes; `passed_over` gets others that may follow, once
+    the item that they continue is no longer another run's."""
+    for spec in items:
+        if _is_ready(batch, spec):
+            yield spec
+        elif stage in spec.inputs:
+            passed_over.append(spec)
 
 
 def _is_ready(batch: Batch, spec: ItemSpec) -> bool:
@@ -283,6 +307,15 @@ def consumed_rows(batch: Batch, shard: Sequence[ItemSpec]) -> dict[str, dict[str
                 assert row is not None
                 rows.setdefault(stage, {})[key] = row
     return rows
+
+
+def continued_data(
+    stage: str, shard: Sequence[ItemSpec], consumed: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """SHA-256 of the result that an item continues, for those of the shard that do."""
+    return {
+        spec.key: consumed[stage][spec.inputs[stage][0]]["sha256"] for spec in shard if stage in spec.inputs
+    }
 
 
 def _unreliable(storage: Storage) -> StoreError:

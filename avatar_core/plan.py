@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 
 from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import InputError
-from avatar_core.stages.base import ItemSpec
+from avatar_core.stages.base import ItemSpec, Stage
 from avatar_core.store.catalog import FAILED_FOR_GOOD, OK
 from avatar_core.store.results import StageResults
 
 
 class Items(Sequence[ItemSpec]):
-    """Items of one stage, each built when it is asked for; `indices` are clips that need one each."""
+    """Items of one stage, each built when it is asked for; `numbers` are their places in `clips.stages`."""
 
-    def __init__(self, clips: Clips, stage: str, indices: NDArray[np.intc]) -> None:
+    def __init__(self, clips: Clips, stage: str, numbers: NDArray[np.integer]) -> None:
         self._clips = clips
         self._stage = stage
-        self._indices = indices
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, index: int) -> ItemSpec: ...
@@ -37,20 +37,33 @@ class Items(Sequence[ItemSpec]):
 
     def __getitem__(self, index: int | slice) -> "ItemSpec | Items":
         if isinstance(index, slice):
-            return Items(self._clips, self._stage, self._indices[index])
-        return self._clips[int(self._indices[index])].items[self._stage]
+            return Items(self._clips, self._stage, self._numbers[index])
+        items, number = self._clips.stages[self._stage], self._numbers[index]
+        clip = self._clips[int(items.first[number])]
+        return clip.windows[items.chain.window[number]] if items.chain else clip.items[self._stage]
 
     @property
     def work(self) -> NDArray[np.float64]:
-        items = self._clips.stages[self._stage]
-        return items.work[items.of_clip[self._indices]]
+        work: NDArray[np.float64] = self._clips.stages[self._stage].work[self._numbers]
+        return work
+
+    @property
+    def inputs(self) -> set[str]:
+        """Stages that the items may consume."""
+        chained = self._clips.stages[self._stage].chain is not None
+        return {*self[0].inputs, *([self._stage] if chained else [])}
 
     def places_in(self, producers: "Items") -> NDArray[np.intc]:
-        """Which of the `producers` each item consumes, -1 where that is not among them."""
+        """Which of the `producers` each item consumes, -1 where that is not among them; the last, where it
+        consumes a whole chain."""
         items = self._clips.stages[producers._stage]
         places = np.full(len(items.keys), -1, np.intc)
-        places[items.of_clip[producers._indices]] = np.arange(len(producers))
-        return places[items.of_clip[self._indices]]
+        places[producers._numbers] = np.arange(len(producers))
+        if items.chain and producers._stage == self._stage:
+            consumed = items.chain.previous[self._numbers]
+        else:
+            consumed = items.of_clip[self._clips.stages[self._stage].first[self._numbers]]
+        return np.where(consumed < 0, np.intc(-1), places[consumed])
 
 
 @dataclass(frozen=True)
@@ -88,22 +101,35 @@ def make_plan(
     inputs = {stage: spec.inputs for stage, spec in clips[int(accepted.argmax())].items.items()}
     plan: dict[str, StagePlan] = {}
     for stage in reversed(states):
-        cached = states[stage] == OK
-        missing = wanted[stage] & ~_of_clips(clips, stage, cached)
+        absent = states[stage] != OK
+        missing = wanted[stage] & _of_clips(clips, stage, absent)
         for upstream in inputs[stage]:
             wanted[upstream] |= missing
-        plan[stage] = StagePlan(len(cached), int(cached.sum()), _first_items(clips, stage, missing))
+        to_do = _missing_items(clips, stage, missing, absent)
+        plan[stage] = StagePlan(len(absent), int((~absent).sum()), to_do)
     return {stage: plan[stage] for stage in states}
 
 
 def _of_clips(clips: Clips, stage: str, of_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What is true of an item, for each clip; false where the row is rejected."""
-    return np.append(of_items, False)[clips.stages[stage].of_clip]
-
-
-def _first_items(clips: Clips, stage: str, missing: NDArray[np.bool_]) -> Items:
+    """What is true of an item, or of any in its chain, for each clip; false where the row is rejected."""
     items = clips.stages[stage]
-    return Items(clips, stage, np.sort(items.first[np.unique(items.of_clip[missing])]))
+    if items.chain:
+        of_items = items.chain.onwards(of_items)
+    return np.append(of_items, False)[items.of_clip]
+
+
+def _missing_items(clips: Clips, stage: str, missing: NDArray[np.bool_], absent: NDArray[np.bool_]) -> Items:
+    """What the clips that are `missing` a result need of the `absent` items, in the order of the clips."""
+    items = clips.stages[stage]
+    wanted = np.zeros(len(items.keys), bool)
+    wanted[items.of_clip[missing]] = True
+    if items.chain:
+        wanted = items.chain.backwards(wanted) & items.chain.onwards(absent)
+    numbers = np.flatnonzero(wanted).astype(np.intc)
+    order = [items.first[numbers]]
+    if items.chain:
+        order.insert(0, items.chain.window[numbers])  # the last is the first to sort by
+    return Items(clips, stage, numbers[np.lexsort(order)])
 
 
 def first_failure(
@@ -118,14 +144,15 @@ def first_failure(
     if results["decode"].has(clip.items["decode"].key):
         return None
     for stage in STAGES:
-        row = results[stage].failure(clip.items[stage].key) if stage in clip.items else None
-        if row is not None and not (lasting and row["retryable"]):
-            return Failure(stage, row["error_type"], row["error"])
+        for item in clip.of_stage(stage):
+            row = results[stage].failure(item.key)
+            if row is not None and not (lasting and row["retryable"]):
+                return Failure(stage, row["error_type"], row["error"])
     return None
 
 
 def shards(
-    items: Iterable[ItemSpec], seconds_per_work: float, shard_seconds: float
+    items: Iterable[ItemSpec], seconds_per_work: float, shard_seconds: float, max_items: int = Stage.max_items
 ) -> Iterator[tuple[ItemSpec, ...]]:
     """Items in pieces of about `shard_seconds`; the first hold 1, 2, 4, ... so that results come early."""
     shard: list[ItemSpec] = []
@@ -135,6 +162,6 @@ def shards(
         seconds += item.work * seconds_per_work
         if len(shard) >= limit or seconds >= shard_seconds:
             yield tuple(shard)
-            shard, seconds, limit = [], 0.0, min(2 * limit, 256)
+            shard, seconds, limit = [], 0.0, min(2 * limit, max_items)
     if shard:
         yield tuple(shard)

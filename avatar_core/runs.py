@@ -34,6 +34,10 @@ _PLAN = pa.schema(
 )
 
 
+_WINDOWS = pa.field("window_keys", pa.list_(pa.string()))
+"""In the plan of a backend that works in windows: all of the clip, of which `denoise_key` is the last."""
+
+
 @dataclass(frozen=True)
 class Run:
     id: str
@@ -47,8 +51,9 @@ def write_run(storage: Storage, name: str, config: Config, backend: dict[str, An
     values = {**to_dict(config), "name": name, "backend": backend}
     rows = (_rows(clips, *stretch) for stretch in stretches(len(clips.rows)))
     put_table(storage, f"runs/{run_id}/rows.parquet", _for_pandas(_ROWS), rows)
-    plan = (_plan(clips, *stretch) for stretch in stretches(len(clips)))
-    put_table(storage, f"runs/{run_id}/plan.parquet", _for_pandas(_PLAN, seed="Int64"), plan)
+    schema = _PLAN.append(_WINDOWS) if clips.stages["denoise"].chain else _PLAN
+    plan = (_plan(clips, schema, *stretch) for stretch in stretches(len(clips)))
+    put_table(storage, f"runs/{run_id}/plan.parquet", _for_pandas(schema, seed="Int64"), plan)
     assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
     storage.write_bytes(f"runs/{run_id}/assets.parquet", assets.to_parquet(index=False))
     text = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
@@ -83,8 +88,18 @@ def run_name(run_id: str) -> str:
 
 
 def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
-    """A row per clip with the key of each of its items."""
+    """A row per clip with the keys of its items, which `stage_keys` gives."""
     return pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/plan.parquet")))
+
+
+def stage_keys(clips: pd.DataFrame, stage: str) -> pd.Series:
+    """The keys of the clips' items of a stage, under the clip's label: several for a clip of several windows,
+    none where the row was rejected or there is no such stage."""
+    if stage == "denoise" and _WINDOWS.name in clips:
+        keys: pd.Series = clips[_WINDOWS.name].explode()
+    else:
+        keys = clips[f"{stage}_key"]
+    return keys.dropna()
 
 
 def read_assets(storage: Storage, run_id: str) -> set[str]:
@@ -99,7 +114,7 @@ def _rows(clips: Clips, start: int, stop: int) -> pa.Table:
     return pa.table([clips.rows.column("index", start, stop), values], _ROWS)
 
 
-def _plan(clips: Clips, start: int, stop: int) -> pa.Table:
+def _plan(clips: Clips, schema: pa.Schema, start: int, stop: int) -> pa.Table:
     indices = range(start, stop)
     columns = [
         [clips.name(i) for i in indices],
@@ -109,8 +124,9 @@ def _plan(clips: Clips, start: int, stop: int) -> pa.Table:
         [None if i in clips.rejected else clips.seed[i] for i in indices],
         [clips.rejected.get(i) for i in indices],
         *(clips.hex_keys(stage, start, stop) for stage in STAGES),
+        *([clips.window_keys(start, stop)] if _WINDOWS.name in schema.names else []),
     ]
-    return pa.table(columns, _PLAN)
+    return pa.table(columns, schema)
 
 
 def _for_pandas(schema: pa.Schema, **types: str) -> pa.Schema:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from avatar_core.clips import STAGES
-from avatar_core.runs import find_run, list_runs, read_plan, run_name
+from avatar_core.runs import find_run, list_runs, read_plan, run_name, stage_keys
 from avatar_core.store.catalog import Catalog, load_catalog
 from avatar_core.store.storage import Storage
 
@@ -93,9 +93,18 @@ def _outcomes(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> pd.Series
         clips["error"].notna(),
         clips["decode_key"].isin(catalogs["decode"].ok_keys()),
     ]
-    conditions += [clips[f"{stage}_key"].isin(catalogs[stage].failed_keys()) for stage in STAGES]
+    for stage in STAGES:
+        failed = _failed_keys(clips, stage, catalogs[stage])
+        conditions.append(clips.index.to_series().isin(failed.index))
     outcomes = np.select(conditions, ["ingest", "ok", *STAGES], "to do")
     return pd.Series(outcomes, clips.index)
+
+
+def _failed_keys(clips: pd.DataFrame, stage: str, catalog: Catalog) -> pd.Series:
+    """The key of the first item of a clip that failed, under the clip's label."""
+    keys = stage_keys(clips, stage)
+    keys = keys[keys.isin(catalog.failed_keys())]
+    return keys[~keys.index.duplicated()]
 
 
 def _summary(run_id: str, outcomes: pd.Series) -> RunSummary:
@@ -106,16 +115,18 @@ def _summary(run_id: str, outcomes: pd.Series) -> RunSummary:
 
 
 def _stage(stage: str, clips: pd.DataFrame, catalog: Catalog) -> StageStatus:
-    keys = clips[f"{stage}_key"]
+    keys = stage_keys(clips, stage)
     known, failed = keys.isin(catalog.ok_keys()), keys.isin(catalog.failed_keys())
-    wanted = keys[(clips["outcome"] == "to do") & ~known]
+    wanted = keys[(clips["outcome"] == "to do").loc[keys.index] & ~known]
     return StageStatus(stage, keys.nunique(), keys[known].nunique(), wanted.nunique(), keys[failed].nunique())
 
 
 def _failures(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> list[ClipFailure]:
     failures = []
-    for clip in clips[~clips["outcome"].isin(["ok", "to do"])].to_dict("records"):
+    failed = clips[~clips["outcome"].isin(["ok", "to do"])]
+    keys = {stage: _failed_keys(failed, stage, catalogs[stage]) for stage in STAGES}
+    for label, clip in zip(failed.index, failed.to_dict("records"), strict=True):
         stage = clip["outcome"]
-        row = catalogs[stage].failure(clip[f"{stage}_key"]) if stage != "ingest" else None
+        row = catalogs[stage].failure(keys[stage][label]) if stage != "ingest" else None
         failures.append(ClipFailure(clip["name"], clip["row"], stage, row["error"] if row else clip["error"]))
     return failures

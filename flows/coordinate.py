@@ -16,9 +16,9 @@ from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.config import Config
 from avatar_core.devices import usable_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
-from avatar_core.pipeline import MAX_PASSES, consumed_rows, seconds_per_work
+from avatar_core.pipeline import MAX_PASSES, consumed_rows, continued_data, seconds_per_work
 from avatar_core.progress import Observer, StepClock
-from avatar_core.schedule import Schedule, Shard, StageInfo
+from avatar_core.schedule import QueueKind, Schedule, Shard, StageInfo
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.arrivals import Row
 from avatar_core.store.manifest import write_manifest
@@ -198,7 +198,8 @@ class Coordinator:
         stage = self.batch.stages[name]
         seconds = seconds_per_work(self.batch, name)
         loads = stage.weights(self._work.example(name).config)
-        return StageInfo(name, "gpu" if stage.queue == "gpu" else "cpu", name if loads else "", seconds)
+        queue: QueueKind = "gpu" if stage.queue == "gpu" else "cpu"
+        return StageInfo(name, queue, name if loads else "", seconds, stage.max_items)
 
     # --- driving
 
@@ -251,7 +252,8 @@ class Coordinator:
             return
         self._in_flight[shard.id] = _InFlight(shard, numbers, specs)
         self._numbers[shard.stage] += 1
-        size = counted(NOUNS.get(shard.stage, "item"), len(sound))
+        chained = self.batch.clips.stages[shard.stage].chain is not None
+        size = counted("window" if chained else NOUNS.get(shard.stage, "item"), len(sound))
         label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
         submit(shard.stage, shard.queue, label, partial(self._call, shard, self._jobs(shard.stage, sound)))
 
@@ -280,7 +282,11 @@ class Coordinator:
 
     def _call(self, shard: Shard, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
         try:
-            taken = self._sharing.take(shard.stage, [item.key for job in jobs for item in job.items])
+            keys = [item.key for job in jobs for item in job.items]
+            continued: dict[str, str] = {}
+            for job in jobs:
+                continued |= continued_data(job.stage, job.items, job.inputs)
+            taken = self._sharing.take(shard.stage, keys, continued)
             try:
                 if taken.others:
                     self._events.put(partial(self._divide, shard, taken))

@@ -33,7 +33,8 @@ class Work:
         """Producer and consumer, shape (m, 2)."""
         edges = [np.empty((0, 2), np.intc)]
         for stage, to_do in self._to_do.items():
-            for upstream in (name for name in self._to_do if name in to_do[0].inputs):
+            consumed = to_do.inputs
+            for upstream in (name for name in self._to_do if name in consumed):
                 places = to_do.places_in(self._to_do[upstream])
                 consumers = np.flatnonzero(places >= 0)
                 pair = places[consumers] + self._first[upstream], consumers + self._first[stage]

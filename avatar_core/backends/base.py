@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class Backend(Protocol):
 
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.
+
+    A backend that renders long clips window by window is a `WindowedBackend`.
     """
 
     name: str
@@ -117,6 +119,42 @@ class Backend(Protocol):
     ) -> Iterator[Picture]:
         """Frames of the clip, one by one, so that memory does not grow with its length; those beyond the
         length of the speech are not asked for."""
+        ...
+
+
+@runtime_checkable
+class WindowedBackend(Protocol):
+    """What a backend has instead of `denoise` and `decode` if each window of a clip continues the one before:
+    every window is then an item of its own, and a clip goes on from the last one that was finished."""
+
+    def num_windows(self, duration_s: float, fps: float) -> int:
+        """At least 1. A window must not depend on how many follow it."""
+        ...
+
+    def denoise_window(
+        self,
+        models: Any,
+        conditions: Mapping[str, Tensors],
+        fps: float,
+        seed: int,
+        config: Any,
+        report: ReportStep,
+        window: int,
+        previous: Tensors | None,
+    ) -> Tensors:
+        """Latents of a window, and whatever the next one needs to go on. `seed` is the clip's; `previous` is
+        what this gave for `window` - 1, None for the first."""
+        ...
+
+    def decode_windows(
+        self,
+        models: Any,
+        picture: Picture,
+        conditions: Mapping[str, Tensors],
+        windows: Sequence[Tensors],
+        config: Any,
+    ) -> Iterator[Picture]:
+        """As `decode`, from all windows of the clip; each tensor is read anew when it is asked for."""
         ...
 
 

@@ -71,7 +71,7 @@ class Stage(ABC):
     """`version` is raised whenever the output changes for the same input.
 
     `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
-    if None.
+    if None. A shard holds no more than `max_items`.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Stage(ABC):
     queue: str = "cpu"
     columns: pa.Schema
     folder: str | None = None
+    max_items: int = 256
 
     def weights(self, config: Any) -> tuple[str, ...]:
         """Registry names of the weights that `load` reads; they are part of the item's key."""

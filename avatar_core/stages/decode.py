@@ -1,5 +1,6 @@
 """Decode: frames of a clip, encoded to MP4 with the sound of its recordings while they are made."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from avatar_core.backends.base import Picture, WindowedBackend
 from avatar_core.media.speakers import mix_blocks
 from avatar_core.media.video import Sound, VideoWriter
 from avatar_core.stages.audio import Segment
@@ -48,10 +50,9 @@ class DecodeStage(BackendStage):
     ) -> Output:
         picture, _ = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
         height, width = picture.shape[:2]
-        conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
         path = scratch / "clip.mp4"
         with self._writer(path, item, config, width, height) as writer:
-            frames = self.backend.decode(models, picture, conditions, config.backend)
+            frames = self._frames(models, picture, item, config)
             for done, frame in enumerate(islice(frames, config.num_frames), start=1):
                 writer.write_frame(frame)
                 report(done, config.num_frames)
@@ -68,6 +69,16 @@ class DecodeStage(BackendStage):
             },
             file=path,
         )
+
+    def _frames(
+        self, models: Any, picture: Picture, item: Item, config: DecodeStageConfig
+    ) -> Iterator[Picture]:
+        conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
+        if isinstance(self.backend, WindowedBackend):
+            del conditions["denoise"]
+            windows = [output.tensors for output in item.inputs["denoise"]]
+            return self.backend.decode_windows(models, picture, conditions, windows, config.backend)
+        return self.backend.decode(models, picture, conditions, config.backend)
 
     def _writer(
         self, path: Path, item: Item, config: DecodeStageConfig, width: int, height: int

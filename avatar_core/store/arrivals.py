@@ -24,6 +24,7 @@ class Arrivals:
         self._seen: set[str] | None = None
         self._rows: dict[str, tuple[str, pa.Table, int]] = {}  # attempt, its table, the place therein
         self._own: set[str] = set()
+        self._continued: dict[str, str] = {}
         self._looking = threading.Lock()
         self._looked_s = float("-inf")
 
@@ -34,7 +35,16 @@ class Arrivals:
             if self._looked_s < needed_s:
                 self._look()
             found = {key: self._rows.pop(key) for key in keys if key in self._rows}
-        return {key: table.slice(place, 1).to_pylist()[0] for key, (_, table, place) in found.items()}
+            rows = {key: table.slice(place, 1).to_pylist()[0] for key, (_, table, place) in found.items()}
+            return {key: row for key, row in rows.items() if self._fits(row)}
+
+    def expect(self, continued: Mapping[str, str]) -> None:
+        """Of these keys only rows count that continue the result of this SHA-256."""
+        with self._looking:
+            self._continued.update(continued)
+
+    def _fits(self, row: Row) -> bool:
+        return row["status"] != "ok" or row.get("previous_sha256") == self._continued.get(row["key"])
 
     def leave_out(self, keys: Iterable[str]) -> None:
         """This run has committed these itself, and will not ask for them."""

@@ -1,7 +1,8 @@
 """What a stage has: all its attempts resolved to one answer per key.
 
 For a key the earliest `ok` attempt counts, else the newest `failed` one. Rows named by a `dropped`
-row do not exist for this purpose.
+row do not exist for this purpose. Nor do chained ones that continue another attempt than the one that counts
+for the item before: two attempts may differ in bits, and their results are never mixed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,10 @@ from avatar_core.store.storage import Storage
 
 ABSENT, OK, FAILED, FAILED_FOR_GOOD = np.arange(4, dtype=np.int8)
 """What is known of a key. `FAILED` may pass by itself: the row is retryable."""
+
+CHAIN_SCHEMA = pa.schema({"window": pa.int64(), "previous_key": pa.string(), "previous_sha256": pa.string()})
+"""Columns of a stage whose items continue each other: the item's place in its chain, and the result that it
+continued, null for the first."""
 
 
 def load_catalog(storage: Storage, stage: str) -> "Catalog":
@@ -52,6 +57,7 @@ class Catalog:
         self.stage = stage
         self._live = _live(table)
         states = np.where(self._live, row_states(table), ABSENT)
+        states[_strangers(table, states == OK)] = ABSENT
         failed, ok = np.flatnonzero(states > OK), np.flatnonzero(states == OK)[::-1]
         order = np.concatenate([failed, ok])  # of equal keys the last counts: the earliest that is ok
         self._index = KeyIndex(column_keys(table["key"])[order], order)
@@ -148,6 +154,34 @@ def _live(table: pa.Table) -> NDArray[np.bool_]:
     pairs = _pairs(rows["key"], rows["attempt"])
     live[suspects] &= np.array([pair not in hidden for pair in pairs], bool)
     return live
+
+
+def _strangers(table: pa.Table, ok: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Places of the `ok` rows that continue another result than the one that counts for its key."""
+    if "previous_key" not in table.column_names:
+        return np.empty(0, np.intp)
+    chained = np.flatnonzero(ok & ~_flags(pc.is_null(table["window"])))
+    rows = table.select(["key", "sha256", *CHAIN_SCHEMA.names]).take(pa.array(chained))
+    keys, data = pc.unique(rows["key"]), pc.unique(rows["sha256"])
+    key, previous_key = (_places(rows[name], keys) for name in ("key", "previous_key"))
+    sha256, previous_sha256 = (_places(rows[name], data) for name in ("sha256", "previous_sha256"))
+    window = rows["window"].to_numpy()
+
+    counts = np.full(len(keys) + 2, -1)  # the data that counts, by key; nothing at -2
+    stays = np.zeros(len(chained), bool)
+    by_window = np.argsort(window, kind="stable")
+    for these in np.split(by_window, np.flatnonzero(np.diff(window[by_window])) + 1):
+        fits = (window[these] == 0) | (counts[previous_key[these]] == previous_sha256[these])
+        these = these[fits]
+        stays[these] = True
+        counts[key[these[::-1]]] = sha256[these[::-1]]  # of equal keys the last counts: the oldest
+    return chained[~stays]
+
+
+def _places(values: pa.ChunkedArray, among: pa.Array) -> NDArray[np.int64]:
+    """Where each value is, -2 for none."""
+    places: NDArray[np.int64] = pc.fill_null(pc.index_in(values, value_set=among), -2).to_numpy()
+    return places
 
 
 def _flags(column: pa.ChunkedArray) -> NDArray[np.bool_]:

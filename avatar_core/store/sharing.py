@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from avatar_core.errors import Cancelled, StoreError
@@ -25,6 +26,7 @@ REMOTE_AGE_S = 5.0
 """A listing costs on a remote store: a run that met no other lately is content with one so old."""
 COMPANY_S = 60.0
 POLL_S = 0.2
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 OnSettled = Callable[[str, Mapping[str, Row], Set[str]], None]
 """`on_settled(stage, rows, free)`: awaited items are finished, or nobody's any longer."""
@@ -75,11 +77,16 @@ class Sharing:
         with suppress(StoreError):
             self._claims.release_all()
 
-    def take(self, stage: str, keys: Collection[str]) -> Taken:
-        """To be called before a shard is run, and `release` once its results are committed."""
+    def take(self, stage: str, keys: Collection[str], continued: Mapping[str, str] = NOTHING) -> Taken:
+        """To be called before a shard is run, and `release` once its results are committed.
+
+        `continued` is the SHA-256 of the result that an item continues: none that others made from another
+        counts, now or while the item is awaited.
+        """
         claim: Claim | None = None
         found: dict[str, Row] = {}
         elsewhere: set[str] = set()
+        self._arrivals[stage].expect(continued)
         with suppress(StoreError):
             claim = self._claims.claim(stage, keys)
             # What is released by now was committed before, so claims come first.
@@ -164,14 +171,16 @@ def share_work(
     *,
     on_row: Callable[[dict[str, Any]], None],
     cancelled: Callable[[], bool],
+    continued: Callable[[Sequence[Item]], Mapping[str, str]] = lambda shard: NOTHING,
 ) -> None:
-    """Has `run` do the shards of one stage in turn, but for what other runs do: their rows go to `on_row`."""
+    """Has `run` do the shards of one stage in turn, but for what other runs do: their rows go to `on_row`.
+    `continued` is asked for what `Sharing.take` wants to know of a shard."""
     stage = catalog.stage
     settled: queue.SimpleQueue[tuple[Mapping[str, Row], Set[str]]] = queue.SimpleQueue()
     awaited: dict[str, Item] = {}
 
     def start(shard: Sequence[Item]) -> None:
-        taken = sharing.take(stage, [item.key for item in shard])
+        taken = sharing.take(stage, [item.key for item in shard], continued(shard))
         try:
             for row in taken.found.values():
                 on_row(dict(row))

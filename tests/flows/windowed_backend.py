@@ -1,0 +1,84 @@
+"""A backend that renders clips in windows, each of which depends on every bit of the one before.
+
+Importing this module makes the backend known as `windowed`. Like `counted`, whose log of calls it shares, it
+travels to children in its configuration.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import AfterValidator
+
+from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
+from avatar_core.errors import BackendError, InputError
+from tests.flows.counted_backend import STEPS, CountedBackend, CountedConfig, StageConfig
+
+WINDOW_FRAMES = 4
+GPU, BAD_WINDOW = "WINDOWED_GPU", "WINDOWED_BAD"
+"""In the environment: a number that changes the last bits of what is computed, as another GPU does; and the
+window that fails."""
+
+BACKENDS["windowed"] = "tests.flows.windowed_backend:WindowedBackend"
+
+
+class ImportedInChild(str):
+    """Unlike plain text, it is unpickled by its module."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class WindowedConfig(CountedConfig):
+    module: Annotated[str, AfterValidator(ImportedInChild)] = ImportedInChild(__name__)
+
+
+class WindowedBackend(CountedBackend):
+    name = "windowed"
+    label = "windowed"
+    config_type = WindowedConfig  # type: ignore[assignment]
+    denoise = decode = None  # type: ignore[assignment]  # never called
+
+    def num_windows(self, duration_s: float, fps: float) -> int:
+        return -(-self.num_frames(duration_s, fps) // WINDOW_FRAMES)
+
+    def denoise_window(
+        self,
+        models: None,
+        conditions: Mapping[str, Tensors],
+        fps: float,
+        seed: int,
+        config: StageConfig,
+        report: ReportStep,
+        window: int,
+        previous: Tensors | None,
+    ) -> Tensors:
+        if os.environ.get(BAD_WINDOW) == str(window):
+            raise InputError(f"window {window} is bad")
+        for step in range(STEPS):
+            report(step, STEPS)
+        volume = conditions["audio"]["volume"][window * WINDOW_FRAMES :][:WINDOW_FRAMES]
+        noise = np.random.default_rng([seed, window]).random((len(volume), 1))
+        before = previous["tail"] if previous else np.zeros(3)
+        latents = volume[:, None] + noise + conditions["reference"]["shade"] / 255 + before
+        latents += float(os.environ.get(GPU, 0)) * 1e-12
+        return {"before": before, "latents": latents, "tail": latents[-1] / 2}
+
+    def decode_windows(
+        self,
+        models: None,
+        picture: Picture,
+        conditions: Mapping[str, Tensors],
+        windows: Sequence[Tensors],
+        config: StageConfig,
+    ) -> Iterator[Picture]:
+        assert set(conditions) == {"reference"}
+        before: Any = np.zeros(3)
+        for number, window in enumerate(windows):
+            if not np.array_equal(window["before"], before):
+                raise BackendError(f"window {number} does not continue the one before")
+            before = window["tail"]
+            for shade in window["latents"]:
+                yield (picture * (shade / 4).clip(0, 1)).astype(np.uint8)

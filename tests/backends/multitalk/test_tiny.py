@@ -220,9 +220,9 @@ def test_quantised_files_are_the_same_model_rounded(checkpoint: Path, kind: str)
 def test_official_size_has_every_official_tensor(tiny: Path) -> None:
     """Names and shapes of 1633 tensors, 330 of which MultiTalk adds."""
     from accelerate import init_empty_weights
-
     from avatar_core.backends.multitalk.name_map import transformer_name_map
     from avatar_core.backends.multitalk.transformer import MultiTalkTransformer, TransformerConfig
+
     from avatar_core.checkpoint import undo_rename
 
     with init_empty_weights():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from avatar_core import weights
 from avatar_core.backends.base import Picture, ReportStep, Tensors
-from avatar_core.backends.multitalk.config import DenoiseConfig, MultiTalkConfig
+from avatar_core.backends.multitalk.config import OFFICIAL_QUANTISED, DenoiseConfig, MultiTalkConfig
 from avatar_core.backends.multitalk.picture import boxes_of_faces, fit_picture, speaker_masks
 from avatar_core.backends.multitalk.windows import num_speech_frames, num_video_frames, num_windows
 from avatar_core.errors import WeightsError, about
@@ -183,12 +183,13 @@ class MultiTalkBackend:
 
 
 def _denoise_parts(config: DenoiseConfig) -> dict[str, str]:
-    """The official int8 file with a LoRA has it merged; any other takes it on loading."""
-    lora = {} if config.lora == "none" else {"lora": f"lora-{config.lora}"}
-    if config.transformer == "int8":
-        return {"transformer": "-".join(("transformer-int8", *([config.lora] if lora else []))), **_ENCODERS}
-    transformer = "transformer-fp8" if config.transformer == "fp8" else "transformer"
-    return {"transformer": transformer, **lora, **_ENCODERS}
+    """The official quantised files have the LoRA merged; the others take it on loading."""
+    with_lora = config.lora != "none"
+    if config.transformer in OFFICIAL_QUANTISED:
+        merged = f"-{config.lora}" if with_lora else ""
+        return {"transformer": f"transformer-{config.transformer}{merged}", **_ENCODERS}
+    lora = {"lora": f"lora-{config.lora}"} if with_lora else {}
+    return {"transformer": "transformer", **lora, **_ENCODERS}
 
 
 def _load_audio_encoder(name: str, device: str) -> Any:

@@ -11,6 +11,7 @@ from avatar_core.errors import ConfigError
 Mode = Literal["default", "parity"]
 ImageSize = Annotated[int, Field(ge=64, le=960)]
 
+OFFICIAL_QUANTISED = ("int8", "fp8")
 FLOW_SHIFTS = {480: 7.0, 720: 11.0}
 """By `image_size`; other sizes have that of the nearest."""
 
@@ -88,12 +89,10 @@ class DenoiseConfig:
             raise ValueError(
                 f"motion_frames={self.motion_frames} must be fewer than window_frames={self.window_frames}"
             )
-        if self.lora != "none" and self.transformer == "fp8":
-            raise ValueError(f"lora={self.lora} cannot be merged into transformer=fp8; give bf16 or fp8_cast")
-        if self.transformer == "int8" and self.lora == "lightx2v":
+        if self.transformer in OFFICIAL_QUANTISED and self.lora == "lightx2v":
             raise ValueError(
-                "lora=lightx2v cannot be merged into transformer=int8; give bf16 or int8_cast "
-                "(the official int8 files are plain or with fusionx)"
+                f"lora=lightx2v cannot be merged into transformer={self.transformer}, whose official files are "
+                f"plain or with fusionx; give bf16 or {self.transformer}_cast"
             )
 
     @property

@@ -47,6 +47,10 @@ QUANTISED_FILES = {
         "quant_model_int8_FusionX.safetensors",
         "quantization_map_int8_FusionX.json",
     ),
+    "transformer-fp8-fusionx": (
+        "quant_model_fp8_FusionX.safetensors",
+        "quantization_map_fp8_FusionX.json",
+    ),
     "text-int8": ("t5_int8.safetensors", "t5_map_int8.json"),
 }
 """Weights and map of the official quantised models, by part."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatar_core.backends.multitalk.clip import build_clip, clip_official_state
+from avatar_core.backends.multitalk.config import OFFICIAL_QUANTISED
 from avatar_core.backends.multitalk.lora import merge_lora
 from avatar_core.backends.multitalk.name_map import transformer_name_map
 from avatar_core.backends.multitalk.official import (
@@ -134,9 +135,9 @@ def _write_transformer(folder: Path, scale: float) -> None:
         _save(lora, folder / path)
         if "FusionX" in path:
             merged = merge_lora(official, lora, 1.0, parity=True)
-    _write_quantised(official, folder, "transformer-int8", "int8")
-    _write_quantised(official, folder, "transformer-fp8", "fp8")
-    _write_quantised(merged, folder, "transformer-int8-fusionx", "int8")
+    for kind in OFFICIAL_QUANTISED:
+        _write_quantised(official, folder, f"transformer-{kind}", kind)
+        _write_quantised(merged, folder, f"transformer-{kind}-fusionx", kind)
 
 
 def _is_audio_layer(name: str) -> bool:

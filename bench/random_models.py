@@ -161,7 +161,7 @@ def random_transformer(
     with torch.device("meta"):
         transformer = HunyuanAvatarTransformer(config)
     dtypes = {name: parameter_dtype(name, dtype) for name in transformer.state_dict()}
-    return _filled(transformer, device, dtypes)
+    return filled(transformer, device, dtypes)
 
 
 def random_plain_transformer(
@@ -187,10 +187,11 @@ def random_plain_transformer(
             rope_axes_dim=config.rope_axes_dim,
             image_condition_type=None,
         )
-    return _filled(transformer, device, dict.fromkeys(transformer.state_dict(), dtype))
+    return filled(transformer, device, dict.fromkeys(transformer.state_dict(), dtype))
 
 
-def _filled(model: Any, device: str, dtypes: dict[str, torch.dtype]) -> Any:
+def filled(model: Any, device: str, dtypes: dict[str, torch.dtype]) -> Any:
+    """The model, which is on the meta device, with random weights."""
     generator = torch.Generator(device).manual_seed(0)
     state = {
         name: _random_parameter(name, tensor.shape, generator).to(dtypes[name])
@@ -259,7 +260,7 @@ def random_conditions(size: Size, device: str) -> ClipConditions:
 def random_vae(size: Size, device: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         vae = build_vae(size.vae)
-    return _filled(vae, device, dict.fromkeys(vae.state_dict(), dtype))
+    return filled(vae, device, dict.fromkeys(vae.state_dict(), dtype))
 
 
 def random_encoders(size: Size, device: str, dtype: torch.dtype) -> tuple[Any, Any]:

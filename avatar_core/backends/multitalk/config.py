@@ -91,8 +91,8 @@ class DenoiseConfig:
             )
         if self.transformer in OFFICIAL_QUANTISED and self.lora == "lightx2v":
             raise ValueError(
-                f"lora=lightx2v cannot be merged into transformer={self.transformer}, whose official files are "
-                f"plain or with fusionx; give bf16 or {self.transformer}_cast"
+                f"lora=lightx2v cannot be merged into transformer={self.transformer}, whose official files "
+                f"are plain or with fusionx; give bf16 or {self.transformer}_cast"
             )
 
     @property

@@ -22,8 +22,8 @@ SMALLEST_SIDE = 64
 _SIZES_480 = """0.26:320x1216 0.38:384x1024 0.50:448x896 0.67:512x768 0.82:576x704 1.00:640x640 1.22:704x576
 1.50:768x512 1.86:832x448 2.00:896x448 2.50:960x384 2.83:1088x384 3.60:1152x320 3.80:1216x320 4.00:1280x320"""
 _SIZES_720 = """0.22:448x2048 0.29:512x1792 0.36:576x1600 0.45:640x1408 0.55:704x1280 0.63:768x1216
-0.76:832x1088 0.88:896x1024 1.00:960x960 1.14:1024x896 1.31:1088x832 1.50:1152x768 1.58:1216x768 1.82:1280x704 1.91:1344x704
-2.20:1408x640 2.30:1472x640 2.67:1536x576 2.89:1664x576 3.62:1856x512 3.75:1920x512"""
+0.76:832x1088 0.88:896x1024 1.00:960x960 1.14:1024x896 1.31:1088x832 1.50:1152x768 1.58:1216x768 1.82:1280x704
+1.91:1344x704 2.20:1408x640 2.30:1472x640 2.67:1536x576 2.89:1664x576 3.62:1856x512 3.75:1920x512"""
 
 
 def _table(text: str) -> dict[float, tuple[int, int]]:
@@ -123,8 +123,8 @@ def _check(token_masks: NDArray[np.float32], boxes: Boxes) -> None:
     for number in (0, 1):
         if not seen[number]:
             raise InputError(
-                f"bbox: box {number + 1} {listed[number]} shows nobody: it is too thin, or lies outside what of "
-                "the picture becomes the video; boxes are x_min, y_min, x_max, y_max in picture pixels"
+                f"bbox: box {number + 1} {listed[number]} shows nobody: it is too thin, or lies outside what "
+                "of the picture becomes the video; boxes are x_min, y_min, x_max, y_max in picture pixels"
             )
     if not seen[2]:
         raise InputError(f"bbox: {listed} leave no background; give smaller boxes")

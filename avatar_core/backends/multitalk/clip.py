@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avatar_core.checkpoint import Rename, rename, undo_rename
+from avatar_core.checkpoint import Rename
 from avatar_core.optional_packages import hide_broken_packages
 
 hide_broken_packages()
@@ -27,6 +27,7 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 _UNUSED = "head"  # projects to what texts are compared with
 
+_EMPTY_DIMS = {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
 _EMBEDDINGS = {
     "cls_embedding": "embeddings.class_embedding",
     "pos_embedding": "embeddings.position_embedding.weight",
@@ -74,24 +75,22 @@ def clip_name_map(sizes: Mapping[str, Any] | None = None) -> list[Rename]:
     return renames
 
 
-def clip_state(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The vision half of the official state under transformers' names."""
+def clip_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision half of the official state, its embeddings without empty dimensions."""
     used = {n: t for n, t in state.items() if n.startswith("visual.") and n != f"visual.{_UNUSED}"}
-    for name, dim in (("visual.cls_embedding", 2), ("visual.pos_embedding", 1)):
+    for name, dims in _EMPTY_DIMS.items():
         if name in used:
-            used[name] = used[name].reshape(used[name].shape[dim:])
-    return rename(used, clip_name_map(sizes))
+            used[name] = used[name].reshape(used[name].shape[dims:])
+    return used
 
 
-def clip_official_state(
-    state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
-    """The state that `clip_state` would take apart into this one, with a projection that nothing reads."""
-    official = undo_rename(state, clip_name_map(sizes))
-    official["visual.cls_embedding"] = official["visual.cls_embedding"][None, None]
-    official["visual.pos_embedding"] = official["visual.pos_embedding"][None]
-    width = len(official["visual.pre_norm.weight"])
-    return official | {f"visual.{_UNUSED}": torch.zeros(width, width)}
+def whole_clip(half: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state that `clip_half` would make this one of, with a projection that nothing reads."""
+    whole = dict(half)
+    for name, dims in _EMPTY_DIMS.items():
+        whole[name] = whole[name][(None,) * dims]
+    width = len(whole["visual.pre_norm.weight"])
+    return whole | {f"visual.{_UNUSED}": torch.zeros(width, width)}
 
 
 def clip_features(model: Any, frame: Tensor) -> Tensor:

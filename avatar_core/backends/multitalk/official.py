@@ -7,19 +7,25 @@ otherwise.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from avatar_core import weights
-from avatar_core.backends.multitalk.clip import build_clip, clip_state
+from avatar_core.backends.multitalk.clip import build_clip, clip_half, clip_name_map
 from avatar_core.backends.multitalk.lora import merge_lora
 from avatar_core.backends.multitalk.name_map import transformer_name_map
-from avatar_core.backends.multitalk.quantised import cast_weights, read_quantised
+from avatar_core.backends.multitalk.quantised import (
+    SCALE,
+    cast_weights,
+    read_quantised,
+    scale_renames,
+    store_quantised,
+)
 from avatar_core.backends.multitalk.text import build_text_encoder, text_name_map
 from avatar_core.backends.multitalk.transformer import (
     MultiTalkTransformer,
@@ -27,7 +33,7 @@ from avatar_core.backends.multitalk.transformer import (
     parameter_dtype,
 )
 from avatar_core.backends.multitalk.vae import build_vae, vae_name_map
-from avatar_core.checkpoint import load_strict, read_checkpoint, rename, undo_rename, write_shards
+from avatar_core.checkpoint import Rename, load_strict, read_checkpoint, rename, undo_rename, write_shards
 from avatar_core.errors import WeightsError
 
 CONFIG = "config.json"
@@ -55,6 +61,8 @@ QUANTISED_FILES = {
 }
 """Weights and map of the official quantised models, by part."""
 
+Model = TypeVar("Model", bound=nn.Module)
+
 _PART = "transformer"
 _ALIGNMENT = 64  # bytes, as torch allocates
 _CASTS = ("bfloat16", "float16", "float32")
@@ -76,17 +84,18 @@ def load_transformer(
     state = _read_state(name, config)
     if lora:
         (path,) = weights.locate(lora).rglob("*.safetensors")
-        state = merge_lora(state, read_checkpoint(path), lora_scale, parity=parity)
-    with init_empty_weights():
-        transformer = MultiTalkTransformer(config)
-    renamed = rename(state, transformer_name_map(config))
-    load_strict(
-        transformer,
-        {each: _aligned(t.to(device, parameter_dtype(each, dtype))) for each, t in renamed.items()},
+        state = merge_lora(state, read_checkpoint(path), lora_scale, parity=parity, dtype=dtype)
+    transformer = _loaded(
+        lambda: MultiTalkTransformer(config),
+        state,
+        transformer_name_map(config),
+        device,
+        dtype,
+        parameter_dtype,
     )
     if cast:
         cast_weights(transformer, cast)
-    return transformer.eval().requires_grad_(False)
+    return transformer
 
 
 def load_text_encoder(name: str, device: str, dtype: torch.dtype) -> nn.Module:
@@ -94,19 +103,19 @@ def load_text_encoder(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     folder = wan_folder(name)
     sizes = _sizes(folder, "text")
     state = _read_quantised(name) if name.endswith("-int8") else read_checkpoint(folder / TEXT_FILE)
-    return _loaded(lambda: build_text_encoder(sizes), rename(state, text_name_map(sizes)), device, dtype)
+    return _loaded(lambda: build_text_encoder(sizes), state, text_name_map(sizes), device, dtype)
 
 
 def load_clip(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
     sizes = _sizes(folder, "clip")
-    state = clip_state(read_checkpoint(folder / CLIP_FILE), sizes)
-    return _loaded(lambda: build_clip(sizes), state, device, dtype)
+    state = clip_half(read_checkpoint(folder / CLIP_FILE))
+    return _loaded(lambda: build_clip(sizes), state, clip_name_map(sizes), device, dtype)
 
 
 def load_vae(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     sizes = _sizes(folder, "vae")
-    state = rename(read_checkpoint(folder / VAE_FILE), vae_name_map(sizes))
-    return _loaded(lambda: build_vae(sizes), state, device, dtype)
+    state = read_checkpoint(folder / VAE_FILE)
+    return _loaded(lambda: build_vae(sizes), state, vae_name_map(sizes), device, dtype)
 
 
 def read_config(folder: Path) -> TransformerConfig:
@@ -175,11 +184,29 @@ def _sizes(folder: Path, encoder: str) -> Mapping[str, Any] | None:
 
 
 def _loaded(
-    build: Callable[[], nn.Module], state: Mapping[str, Tensor], device: str, dtype: torch.dtype
-) -> nn.Module:
+    build: Callable[[], Model],
+    state: Mapping[str, Tensor],
+    name_map: Sequence[Rename],
+    device: str,
+    dtype: torch.dtype,
+    dtype_of: Callable[[str, torch.dtype], torch.dtype] = lambda name, dtype: dtype,
+) -> Model:
+    """`state` has the official names, and quantised weights have scales beside them: both stay as they are."""
+    renamed = rename(state, scale_renames(name_map, state))
+    scales = {name for name in renamed if name.endswith(SCALE)}
+    modules = {name.removesuffix(SCALE) for name in scales}
+    kept = scales | {f"{module}.weight" for module in modules}
     with init_empty_weights():
         model = build()
-    load_strict(model, {name: _aligned(tensor.to(device, dtype)) for name, tensor in state.items()})
+        store_quantised(model, modules, {module: renamed[f"{module}.weight"].dtype for module in modules})
+
+    def placed(name: str, tensor: Tensor) -> Tensor:
+        if name in kept:
+            return _aligned(tensor.to(device))
+        # What computes in float32 has numbers of the model's dtype all the same.
+        return _aligned(tensor.to(device, dtype).to(dtype_of(name, dtype)))
+
+    load_strict(model, {name: placed(name, tensor) for name, tensor in renamed.items()})
     return model.to(device).eval().requires_grad_(False)
 
 

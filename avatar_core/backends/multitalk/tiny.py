@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatar_core.backends.multitalk.clip import build_clip, clip_official_state
+from avatar_core.backends.multitalk.clip import build_clip, clip_name_map, whole_clip
 from avatar_core.backends.multitalk.config import OFFICIAL_QUANTISED
 from avatar_core.backends.multitalk.lora import merge_lora
 from avatar_core.backends.multitalk.name_map import transformer_name_map
@@ -194,7 +194,7 @@ def _halved(model: nn.Module) -> dict[str, Tensor]:
 
 def _write_clip(folder: Path) -> None:
     """With a piece of the text half, which nothing reads."""
-    state = clip_official_state(build_clip(CLIP).state_dict(), CLIP)
+    state = whole_clip(undo_rename(build_clip(CLIP).state_dict(), clip_name_map(CLIP)))
     rest = {"log_scale": torch.zeros(()), "textual.model.norm.weight": torch.ones(_WIDTH)}
     torch.save({name: tensor.half() for name, tensor in {**rest, **state}.items()}, folder / CLIP_FILE)
 
@@ -218,7 +218,9 @@ def _write_audio(folder: Path) -> None:
         num_codevectors_per_group=4,
         initializer_range=_AUDIO_WIDTH**-0.5,
     )
-    Wav2Vec2ForPreTraining(config).save_pretrained(folder)
+    model = Wav2Vec2ForPreTraining(config)
+    config.save_pretrained(folder)
+    _save(model.state_dict(), folder / "model.safetensors")
     Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
 
 

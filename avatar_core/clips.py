@@ -277,7 +277,7 @@ class ClipBuilder:
         self.backend = backend
         self.stages = stages
         self.sources = sources
-        self.windowed = isinstance(backend, WindowedBackend)
+        self.windowed = backend if isinstance(backend, WindowedBackend) else None
         # Neighbouring rows share pictures, recordings and options.
         self._settings = lru_cache(RECENT)(self._backend_settings)
         self._face = lru_cache(RECENT)(self._face_item)
@@ -330,15 +330,15 @@ class ClipBuilder:
         settings = self._settings(params)
         denoise_config = DenoiseStageConfig(fps, settings.get("denoise"), seed)
         windows: tuple[ItemSpec, ...] = ()
-        if isinstance(self.backend, WindowedBackend):
-            count = self.backend.num_windows(segment.duration_s, fps)
+        if self.windowed:
+            count = self.windowed.num_windows(segment.duration_s, fps)
             windows = self._windows(denoise_config, conditions, count, audio.work / count)
         denoise = windows or (self._item("denoise", denoise_config, conditions, seed=seed, work=audio.work),)
         decode_config = self._decode(recordings, segment, fps, params)
         assets = {**reference.assets, **audio.assets}
         inputs = {"reference": (reference,), "denoise": denoise}
         decode = self._item("decode", decode_config, inputs, assets, work=audio.work)
-        items = {"face": face, **{stage: item for stage, (item,) in conditions.items()}}
+        items = {"face": face} | {stage: item for stage, (item,) in conditions.items()}
         return {**items, "denoise": denoise[-1], "decode": decode}, windows
 
     def _windows(
@@ -419,7 +419,7 @@ class ClipBuilder:
         work: float = 1.0,
     ) -> ItemSpec:
         stage = self.stages[name]
-        keys = {stage_name: tuple(s.key for s in specs) for stage_name, specs in (inputs or {}).items()}
+        keys = {stage_name: tuple([s.key for s in specs]) for stage_name, specs in (inputs or {}).items()}
         consumed = keys | {column: tuple(a.sha256 for a in found) for column, found in (assets or {}).items()}
         if seed is not None:
             consumed["seed"] = (str(seed),)

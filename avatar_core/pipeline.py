@@ -260,6 +260,10 @@ def _run_stage(
                 raise
             damaged.extend(error.keys)
 
+    def continuing(shard: Sequence[ItemSpec]) -> dict[str, str]:
+        chained = [spec for spec in shard if name in spec.inputs]
+        return continued_data(name, chained, consumed_rows(batch, chained))
+
     runtime, on_gpu = batch.config.runtime, batch.stages[name].queue == "gpu"
     device = "cuda" if on_gpu and usable_gpus(runtime) and not runtime.pretend else "cpu"
     seconds = seconds_per_work(batch, name)
@@ -273,7 +277,7 @@ def _run_stage(
             results.catalog,
             pieces,
             run,
-            continued=lambda shard: continued_data(name, shard, consumed_rows(batch, shard)),
+            continued=continuing,
             on_row=on_row,
             cancelled=cancelled,
         )

@@ -35,8 +35,8 @@ class Arrivals:
             if self._looked_s < needed_s:
                 self._look()
             found = {key: self._rows.pop(key) for key in keys if key in self._rows}
-            rows = {key: table.slice(place, 1).to_pylist()[0] for key, (_, table, place) in found.items()}
-            return {key: row for key, row in rows.items() if self._fits(row)}
+        rows = {key: table.slice(place, 1).to_pylist()[0] for key, (_, table, place) in found.items()}
+        return {key: row for key, row in rows.items() if self._fits(row)}
 
     def expect(self, continued: Mapping[str, str]) -> None:
         """Of these keys only rows count that continue the result of this SHA-256."""

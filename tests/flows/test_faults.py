@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from avatar_core.maintenance import verify_run
+from avatar_core.pipeline import render
 from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import manifest_folder
@@ -29,7 +30,7 @@ from tests.sample_rows import flip_byte, videos, write_recording, write_table
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
-AVATAR = [sys.executable, "-c", "import tests.flows.counted_backend; from flows.cli import main; main()"]
+AVATAR = [sys.executable, "-c", "import tests.flows.windowed_backend; from flows.cli import main; main()"]
 SOURCES, CLIPS = 8, 14
 """Pictures, and recordings; clips of a picture and a recording each."""
 ITEMS = {"ingest": 2 * SOURCES, "face": SOURCES, "audio": SOURCES, "reference": SOURCES} | {
@@ -57,6 +58,7 @@ class Runs:
     table: Path
     environment: dict[str, str] = field(repr=False)
     options: tuple[str, ...] = ("runtime.cpus=2", "runtime.shard_seconds=0.03")
+    backend: str = "counted"
 
     @property
     def store(self) -> Path:
@@ -71,7 +73,7 @@ class Runs:
         return videos(self.store / "datasets/batch")
 
     def start(self, command: str = "render", output: int = subprocess.PIPE) -> "subprocess.Popen[str]":
-        words = [str(self.table), "--config-dir", str(self.table.parent / "conf"), "backend=counted"]
+        words = [str(self.table), "--config-dir", str(self.table.parent / "conf"), f"backend={self.backend}"]
         words += ["face.required=false", "runtime.gpus=[]", f"storage.root={self.store}", *self.options]
         return subprocess.Popen(
             [*AVATAR, command, *words],
@@ -142,7 +144,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_recording(folder / f"{number}.wav", start_s=0.5 + 0.1 * number, duration_s=0.24)
     pairs = [(number % SOURCES, (number + number // SOURCES) % SOURCES) for number in range(CLIPS)]
     (folder / "conf/backend").mkdir(parents=True)
-    (folder / "conf/backend/counted.yaml").write_text("name: counted\n")
+    for backend in ("counted", "windowed"):
+        (folder / "conf/backend" / f"{backend}.yaml").write_text(f"name: {backend}\n")
     return write_table(folder / "batch.csv", [{"image": f"{p}.png", "audio": f"{a}.wav"} for p, a in pairs])
 
 
@@ -217,6 +220,29 @@ def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs,
     runs = replace(runs, environment=environment)
     assert not kill_and_go_on(runs, [0.4, 0.7])["ingest"]
     expect_completed(runs, unbroken)
+
+
+def test_a_clip_killed_in_its_second_window_goes_on_there(
+    tmp_path: Path, table: Path, environment: dict[str, str]
+) -> None:
+    recording = write_recording(tmp_path / "long.wav", duration_s=0.6)
+    long_table = write_table(tmp_path / "batch.csv", [{"image": table.parent / "0.png", "audio": recording}])
+    shutil.copytree(table.parent / "conf", tmp_path / "conf")
+    runs = Runs(tmp_path, long_table, environment | {ITEM_S: "0.2"}, backend="windowed")
+    assert runs.kill_when(lambda calls: by_stage(calls)["denoise"] == 2) == "denoise"
+    code, output = runs.finish()
+    assert code == 0, output
+    first, killed, second, third = [key for stage, key in runs.calls() if stage == "denoise"]
+    assert killed == second
+    assert len({first, second, third}) == 3
+    options = {
+        "face": {"required": False},
+        "runtime": {"gpus": []},
+        "storage": {"root": str(tmp_path / "un")},
+    }
+    unbroken = render({"table": str(long_table), "backend": {"name": "windowed"}, **options})
+    assert runs.videos == videos(unbroken.dataset)
+    assert len(runs.videos) == 1
 
 
 # --- two runs at once

@@ -4,9 +4,8 @@ Importing this module makes the backend known as `windowed`. Like `counted`, who
 travels to children in its configuration.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,10 +15,7 @@ from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
 from avatar_core.errors import BackendError, InputError
 from tests.flows.counted_backend import STEPS, CountedBackend, CountedConfig, StageConfig
 
-WINDOW_FRAMES = 4
-GPU, BAD_WINDOW = "WINDOWED_GPU", "WINDOWED_BAD"
-"""In the environment: a number that changes the last bits of what is computed, as another GPU does; and the
-window that fails."""
+WINDOW_FRAMES = 6
 
 BACKENDS["windowed"] = "tests.flows.windowed_backend:WindowedBackend"
 
@@ -31,8 +27,17 @@ class ImportedInChild(str):
 
 
 @dataclass(frozen=True)
+class WindowConfig(StageConfig):
+    """`gpu` changes the last bits of what is computed, as another GPU does; the window `bad` fails."""
+
+    gpu: int = field(default=0, metadata={"execution": True})
+    bad: int | None = field(default=None, metadata={"execution": True})
+
+
+@dataclass(frozen=True)
 class WindowedConfig(CountedConfig):
     module: Annotated[str, AfterValidator(ImportedInChild)] = ImportedInChild(__name__)
+    denoise: WindowConfig = WindowConfig()
 
 
 class WindowedBackend(CountedBackend):
@@ -50,12 +55,12 @@ class WindowedBackend(CountedBackend):
         conditions: Mapping[str, Tensors],
         fps: float,
         seed: int,
-        config: StageConfig,
+        config: WindowConfig,
         report: ReportStep,
         window: int,
         previous: Tensors | None,
     ) -> Tensors:
-        if os.environ.get(BAD_WINDOW) == str(window):
+        if window == config.bad:
             raise InputError(f"window {window} is bad")
         for step in range(STEPS):
             report(step, STEPS)
@@ -63,7 +68,7 @@ class WindowedBackend(CountedBackend):
         noise = np.random.default_rng([seed, window]).random((len(volume), 1))
         before = previous["tail"] if previous else np.zeros(3)
         latents = volume[:, None] + noise + conditions["reference"]["shade"] / 255 + before
-        latents += float(os.environ.get(GPU, 0)) * 1e-12
+        latents += config.gpu * 1e-12
         return {"before": before, "latents": latents, "tail": latents[-1] / 2}
 
     def decode_windows(

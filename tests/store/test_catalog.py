@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from avatar_core.errors import StoreError
 from avatar_core.store.attempts import catalog_folder, compact, read_attempts
-from avatar_core.store.catalog import drop, hide, load_catalog
+from avatar_core.store.catalog import CHAIN_SCHEMA, drop, hide, load_catalog
 from avatar_core.store.manifest import manifest_folder, read_parquet, write_data, write_manifest
 from avatar_core.store.storage import Storage
 
@@ -82,6 +82,70 @@ def test_a_dropped_key_is_as_if_never_made(storage):
     assert len(catalog) == 0
     assert catalog.failure("a") is None
     assert drop(storage, "face", ["a"], catalog) is None
+
+
+def window(storage, number, sha256, previous_sha256=None, chain="w", status="ok"):
+    """One attempt at a window; its key is the chain's name and its number."""
+    row = {"key": f"{chain}{number}", "status": status, "sha256": sha256, "window": number}
+    if number:
+        row |= {"previous_key": f"{chain}{number - 1}", "previous_sha256": previous_sha256}
+    return write_manifest(storage, "denoise", [row], CHAIN_SCHEMA)
+
+
+def kept(storage):
+    """What counts for each key, the same from single manifests and from a catalog file."""
+    found = {}
+    for _ in range(2):
+        catalog = load_catalog(storage, "denoise")
+        before, found = found, {key: catalog.get(key)["sha256"] for key in sorted(catalog.ok_keys())}
+        assert before in ({}, found)
+        compact(storage, "denoise", 1)
+    return found
+
+
+def test_only_what_continues_the_chosen_window_counts(storage):
+    first = window(storage, 0, "a0")
+    window(storage, 0, "b0")
+    window(storage, 1, "b1", "b0")
+    window(storage, 2, "b2", "b1")
+    window(storage, 0, "x", chain="other")
+    assert kept(storage) == {"w0": "a0", "other0": "x"}
+    window(storage, 1, "a1", "a0")
+    assert kept(storage) == {"w0": "a0", "w1": "a1", "other0": "x"}
+    window(storage, 2, "a2", "a1")
+    window(storage, 2, "c2", "a1")
+    assert kept(storage) == {"w0": "a0", "w1": "a1", "w2": "a2", "other0": "x"}
+    hide(storage, "denoise", [("w0", first)])
+    assert kept(storage) == {"w0": "b0", "w1": "b1", "w2": "b2", "other0": "x"}
+
+
+def test_equal_data_of_another_attempt_may_be_continued(storage):
+    first = window(storage, 0, "a0")
+    window(storage, 0, "a0")
+    window(storage, 1, "a1", "a0")
+    hide(storage, "denoise", [("w0", first)])
+    assert kept(storage) == {"w0": "a0", "w1": "a1"}
+
+
+def test_windows_behind_a_gap_do_not_count(storage):
+    window(storage, 0, "a0")
+    second = window(storage, 1, "a1", "a0")
+    window(storage, 2, "a2", "a1")
+    hide(storage, "denoise", [("w1", second)])
+    window(storage, 1, None, "a0", status="failed")
+    assert kept(storage) == {"w0": "a0"}
+    catalog = load_catalog(storage, "denoise")
+    assert catalog.failed_keys() == {"w1"}
+    assert catalog.live_attempts(["w2"]) != []
+    window(storage, 1, "a1", "a0")
+    assert kept(storage) == {"w0": "a0", "w1": "a1", "w2": "a2"}
+
+
+def test_windows_stand_beside_results_that_have_none(storage):
+    window(storage, 0, "a0")
+    window(storage, 1, "b1", "b0")
+    write_manifest(storage, "denoise", [{"key": "whole", "status": "ok", "sha256": "y"}], pa.schema([]))
+    assert kept(storage) == {"w0": "a0", "whole": "y"}
 
 
 def test_columns_of_several_versions_are_united(storage, caplog):

@@ -27,12 +27,22 @@ class AudioProjection(nn.Module):
         self._shape = (tokens, output_dim)
 
     def forward(self, windows: Tensor) -> Tensor:
-        first = self.proj1(windows[:, :1].flatten(2)).relu()
-        groups = windows[:, 1:].unflatten(1, (-1, len(_OF_GROUP)))
-        rows = [groups[:, :, number, part] for number, part in enumerate(_OF_GROUP)]
-        later = self.proj1_vf(torch.cat(rows, dim=2).flatten(2)).relu()
-        states = self.proj2(torch.cat([first, later], dim=1)).relu()
-        return self.norm(self.proj3(states).unflatten(2, self._shape))
+        first, later = by_latent_frame(windows)
+        states = [self.proj1(first.flatten(2)).relu(), self.proj1_vf(later.flatten(2)).relu()]
+        joined = self.proj2(torch.cat(states, dim=1)).relu()
+        return self.norm(self.proj3(joined).unflatten(2, self._shape))
+
+
+def by_latent_frame(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows for the first latent frame [persons, 1, 5, ...] and for the others [persons, T - 1, 8, ...]."""
+    groups = windows[:, 1:].unflatten(1, (-1, len(_OF_GROUP)))
+    rows = [groups[:, :, number, part] for number, part in enumerate(_OF_GROUP)]
+    return windows[:, :1], torch.cat(rows, dim=2)
+
+
+def join_speakers(tokens: Tensor) -> Tensor:
+    """[T, persons * tokens, width] of [persons, T, tokens, width]: first speaker first."""
+    return tokens.transpose(0, 1).flatten(1, 2)
 
 
 class AudioCrossAttention(nn.Module):

@@ -213,17 +213,18 @@ def _load_text_encoder(name: str, device: str, memory: str | None) -> Any:
 
 
 def _load_denoiser(names: Mapping[str, str], config: DenoiseConfig, device: str, memory: str | None) -> Any:
-    from avatar_core.backends.multitalk.window_denoiser import WindowDenoiser
+    from avatar_core.backends.multitalk.window_denoiser import load_window_denoiser
     from avatar_core.memory import fitting_level, get_level
 
     level = get_level(memory) if memory else fitting_level(device)
-    return WindowDenoiser(names, device, level, config)
+    return load_window_denoiser(names, device, level, config)
 
 
 def _load_decoder(name: str, device: str) -> Any:
+    from avatar_core.backends.multitalk.official import load_vae
     from avatar_core.backends.multitalk.window_decoder import WindowDecoder
 
-    return WindowDecoder(weights.locate(name), device)
+    return WindowDecoder(load_vae(weights.locate(name), device), device)
 
 
 def _write_tiny() -> None:

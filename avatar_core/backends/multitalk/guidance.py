@@ -29,10 +29,10 @@ class Direction:
     def __init__(self, momentum: float, norm_threshold: float) -> None:
         self._momentum = momentum
         self._norm_threshold = norm_threshold
-        self._average: Tensor | float = 0.0
+        self.average: Tensor | float = 0.0
 
     def __call__(self, difference: Tensor, conditional: Tensor) -> Tensor:
-        self._average = difference = difference + self._momentum * self._average
+        self.average = difference = difference + self._momentum * self.average
         if self._norm_threshold > 0:
             difference = difference * torch.clamp(self._norm_threshold / difference.norm(), max=1.0)
         wide, axis = difference.double(), conditional.double()

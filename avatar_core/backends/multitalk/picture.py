@@ -1,7 +1,7 @@
 """The picture at the size of the video, and where it shows each speaker. No model is imported here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +38,25 @@ def video_size(width: int, height: int, image_size: int) -> tuple[int, int]:
     """Height and width. Sizes without a table are of the same kind: sides in steps of 32, a constant area."""
     ratio = height / width
     if buckets := BUCKETS.get(image_size):
-        return buckets[min(buckets, key=lambda key: abs(key - ratio))]
+        return nearest_size(ratio, buckets)
     side = image_size * 4 / 3
     sides = (side * math.sqrt(ratio), side / math.sqrt(ratio))
     down, across = (max(SMALLEST_SIDE, round(each / SIDE_STEP) * SIDE_STEP) for each in sides)
     return down, across
 
 
+def nearest_size(ratio: float, buckets: Mapping[float, tuple[int, int]]) -> tuple[int, int]:
+    return buckets[min(buckets, key=lambda key: abs(key - ratio))]
+
+
 def fit_picture(picture: Picture, image_size: int) -> Picture:
-    """RGB [H, W, 3], scaled to cover `video_size` and cut on both sides."""
     height, width = picture.shape[:2]
-    target = video_size(width, height, image_size)
+    return cover(picture, video_size(width, height, image_size))
+
+
+def cover(picture: Picture, target: tuple[int, int]) -> Picture:
+    """RGB [H, W, 3], scaled to cover the height and width of `target` and cut on both sides."""
+    height, width = picture.shape[:2]
     resized, top, left = _covering(height, width, target)
     pixels = np.asarray(Image.fromarray(picture).resize(resized[::-1], Resampling.BILINEAR))
     return np.ascontiguousarray(pixels[top : top + target[0], left : left + target[1]])
@@ -61,6 +69,13 @@ def speaker_masks(
     pixels of the source, without them two share the picture by halves. Raises `InputError` where the model
     would find no token of one of the three."""
     target = video_size(source_width, source_height, image_size)
+    return masks_within(target, source_width, source_height, boxes, speakers)
+
+
+def masks_within(
+    target: tuple[int, int], source_width: int, source_height: int, boxes: Boxes | None, speakers: int
+) -> NDArray[np.float32]:
+    """As `speaker_masks`, for a video of any height and width."""
     latent = (target[0] // LATENT_PIXELS, target[1] // LATENT_PIXELS)
     if speakers == 1:
         return np.ones((3, *latent), np.float32)

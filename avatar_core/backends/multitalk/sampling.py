@@ -70,6 +70,15 @@ def timesteps(num_inference_steps: int, flow_shift: float) -> Tensor:
     return torch.cat([shifted, shifted.new_zeros(1)])
 
 
+def euler_step(latents: Tensor, velocity: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+    return latents - velocity * (time - next_time) / NUM_TRAIN_TIMESTEPS
+
+
+def add_noise(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    part = time / NUM_TRAIN_TIMESTEPS
+    return (1 - part) * latents + part * noise
+
+
 def denoise_window(
     transformer: Any,
     inputs: ClipInputs,
@@ -87,8 +96,7 @@ def denoise_window(
     latents = _noise(shape, generator, condition)
     latents = _with_motion(latents, motion, times[0], generator)
     for step in range(total):
-        change = (times[step] - times[step + 1]) / NUM_TRAIN_TIMESTEPS
-        latents = latents - velocity(latents, times[step]) * change
+        latents = euler_step(latents, velocity(latents, times[step]), times[step], times[step + 1])
         latents = _with_motion(latents, motion, times[step + 1], generator)
         report(step + 1, total)
     return latents
@@ -103,8 +111,7 @@ def _with_motion(latents: Tensor, motion: Tensor | None, time: Tensor, generator
     """The shared frames are not the model's to change: they are set anew, as noisy as the time says."""
     if motion is None:
         return latents
-    part = time / NUM_TRAIN_TIMESTEPS
-    noisy = (1 - part) * motion + part * _noise(tuple(motion.shape), generator, motion)
+    noisy = add_noise(motion, _noise(tuple(motion.shape), generator, motion), time)
     return torch.cat([noisy, latents[:, motion.shape[1] :]], dim=1)
 
 
@@ -118,10 +125,10 @@ class GuidedVelocity:
         self._by_text = not math.isclose(settings.text_guidance_scale, 1.0)
         self._projected = ProjectedGuidance(*settings.projected) if settings.projected else None
         self._calls = list(self._conditions(inputs))
-        self._caches: list[CallCache | None] = [None] * len(self._calls)
+        self.caches: list[CallCache | None] = [None] * len(self._calls)
         if settings.cache_threshold is not None:
             powers = coefficients(settings.image_size)
-            self._caches = [CallCache(settings.cache_threshold, powers) for _ in self._calls]
+            self.caches = [CallCache(settings.cache_threshold, powers) for _ in self._calls]
 
     def _conditions(self, inputs: ClipInputs) -> Iterator[Conditions]:
         """Of each call. Silence is that of one person, whoever is in the picture."""
@@ -145,7 +152,7 @@ class GuidedVelocity:
         model_input = torch.cat([latents[None], self._condition], dim=1)
         answers = [
             self._transformer(model_input, time[None], conditions, cache)[0]
-            for conditions, cache in zip(self._calls, self._caches, strict=True)
+            for conditions, cache in zip(self._calls, self.caches, strict=True)
         ]
         if self._by_text:
             join: Callable[..., Tensor] = self._projected.guide if self._projected else guide

@@ -31,7 +31,7 @@ class CallCache:
 
     def __call__(self, time: Tensor, tokens: Tensor, run: RunBlocks) -> Tensor:
         if self._time is not None and len(self.computed) >= WARM_UP_STEPS:
-            change = float((time - self._time).abs().mean() / self._time.abs().mean())
+            change = relative_change(time, self._time)
             self.moved += float(np.polyval(self.coefficients, change))
         self._time = time
         must = len(self.computed) < WARM_UP_STEPS or self.moved >= self.threshold
@@ -42,6 +42,10 @@ class CallCache:
         result = run(tokens)
         self._added = result - tokens
         return result
+
+
+def relative_change(time: Tensor, before: Tensor) -> float:
+    return float((time - before).abs().mean() / before.abs().mean())
 
 
 def coefficients(image_size: int) -> Sequence[float]:

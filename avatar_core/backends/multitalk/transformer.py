@@ -16,7 +16,11 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from avatar_core.backends.multitalk.audio_layers import AudioCrossAttention, AudioProjection
+from avatar_core.backends.multitalk.audio_layers import (
+    AudioCrossAttention,
+    AudioProjection,
+    join_speakers,
+)
 from avatar_core.backends.multitalk.lrope import attention_map
 
 PATCH = (1, 2, 2)
@@ -117,13 +121,13 @@ def _self_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Also how much each token looks at each speaker, where there are two."""
     query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-    query, key = (_rotated(states.unflatten(2, (attn.heads, -1)), rotary) for states in (query, key))
+    query, key = (rotated(states.unflatten(2, (attn.heads, -1)), rotary) for states in (query, key))
     value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
     seen = None if token_masks is None else attention_map(query, key, token_masks)
     return attn.to_out[0](dispatch_attention_fn(query, key, value).flatten(2)), seen
 
 
-def _rotated(states: Tensor, rotary: Rotary) -> Tensor:
+def rotated(states: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (each[..., 0::2] for each in rotary)
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -167,9 +171,8 @@ class MultiTalkTransformer(nn.Module):
         embedder = self.condition_embedder
         image = embedder.image_embedder(clip_features.to(self.dtype))
         context = torch.cat([image, embedder.text_embedder(text)], dim=1)
-        speech = self.audio_proj(audio.to(self.dtype))
-        masks = _token_masks(speaker_masks) if len(audio) > 1 else None
-        return Conditions(context, speech.transpose(0, 1).flatten(1, 2), masks)
+        speech = join_speakers(self.audio_proj(audio.to(self.dtype)))
+        return Conditions(context, speech, token_masks(speaker_masks) if len(audio) > 1 else None)
 
     def forward(
         self, latents: Tensor, timestep: Tensor, conditions: Conditions, cache: Cache | None = None
@@ -194,16 +197,20 @@ class MultiTalkTransformer(nn.Module):
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, dim] and [1, 6, dim], in float32. The sinusoid is in float64: the position is not rounded."""
-        half = self.config.freq_dim // 2
-        steps = torch.arange(half, device=timestep.device, dtype=torch.float64)
-        angles = timestep.double()[:, None] * 10000.0 ** (-steps / half)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+        """[1, dim] and [1, 6, dim], in float32."""
         embedder = self.condition_embedder
-        time = embedder.time_embedder(sinusoid)
+        time = embedder.time_embedder(time_sinusoid(timestep, self.config.freq_dim))
         return time, embedder.time_proj(nn.functional.silu(time)).unflatten(1, (6, -1))
 
 
-def _token_masks(speaker_masks: Tensor) -> Tensor:
+def time_sinusoid(timestep: Tensor, size: int) -> Tensor:
+    """[1, size] of [1]. The position is in float64, not rounded as in diffusers."""
+    half = size // 2
+    steps = torch.arange(half, device=timestep.device, dtype=torch.float64)
+    angles = timestep.double()[:, None] * 10000.0 ** (-steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def token_masks(speaker_masks: Tensor) -> Tensor:
     """[3, S] of masks [3, h, w]: the upper left latent of every token."""
     return (speaker_masks[:, :: PATCH[1], :: PATCH[2]] > 0).flatten(1).float()

@@ -1,6 +1,6 @@
 """Latents of a window to its frames."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,28 +8,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar_core.backends.multitalk.colour import match_colour
-from avatar_core.backends.multitalk.official import load_vae
 from avatar_core.backends.multitalk.vae import decode_window
+
+Picture = NDArray[np.uint8]
 
 
 class WindowDecoder:
-    """`folder` is that of the base model."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self._vae = load_vae(folder, device)
+    def __init__(self, vae: Any, device: str) -> None:
+        self._vae = vae
         self._device = device
 
-    @torch.inference_mode()
-    def frames(
-        self, latents: NDArray[np.float32], picture: NDArray[np.uint8], colour_correction: float
-    ) -> NDArray[np.uint8]:
+    def frames(self, latents: NDArray[np.float32], picture: Picture, colour_correction: float) -> Picture:
         """[frames, H, W, 3] of latents [16, T, h, w]; `picture` [H, W, 3] is what colours are drawn to."""
+        frames = self.pixels(latents, picture, colour_correction)
+        rounded = ((frames + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+        return np.asarray(rounded.permute(1, 2, 3, 0).cpu().numpy())
+
+    @torch.inference_mode()
+    def pixels(self, latents: NDArray[np.float32], picture: Picture, colour_correction: float) -> Tensor:
+        """The same as [3, frames, H, W] in -1..1."""
         frames = decode_window(self._vae, torch.from_numpy(np.array(latents)).to(self._device))
-        frames = match_colour(frames, as_frame(picture).to(frames.device), colour_correction)
-        pixels = ((frames + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
-        return np.asarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
+        return match_colour(frames, as_frame(picture).to(frames.device), colour_correction)
 
 
-def as_frame(picture: NDArray[np.uint8]) -> Tensor:
+def as_frame(picture: Picture) -> Tensor:
     """[3, H, W] in -1..1."""
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - 0.5) * 2

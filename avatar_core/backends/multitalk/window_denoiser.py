@@ -19,6 +19,7 @@ from avatar_core.backends.multitalk.sampling import ClipInputs, SamplerSettings,
 from avatar_core.backends.multitalk.vae import decode_window, encode_condition
 from avatar_core.backends.multitalk.window_decoder import as_frame
 from avatar_core.backends.multitalk.windows import (
+    SPARE_FRAMES,
     num_windows,
     window_seed,
     window_start,
@@ -33,30 +34,14 @@ _CASTS = {"int8_cast": "int8", "fp8_cast": "fp8"}
 
 
 class WindowDenoiser:
-    """`names` are those of the weights, by what they are."""
+    """`kernel` computes the transformer's attention."""
 
-    def __init__(self, names: Mapping[str, str], device: str, level: Level, config: DenoiseConfig) -> None:
-        on_gpu = device.startswith("cuda")
+    def __init__(self, transformer: Any, clip: Any, vae: Any, device: str, kernel: str = "native") -> None:
+        self._transformer = transformer
+        self._clip = clip
+        self._vae = vae
         self._device = device
-        self._level = level
-        self._dtype = torch.bfloat16 if on_gpu else torch.float32
-        self._vae = load_vae(weights.locate(names["vae"]), device)
-        self._clip = load_clip(
-            weights.locate(names["clip"]), device, torch.float16 if on_gpu else torch.float32
-        )
-        self._transformer = load_transformer(
-            names["transformer"],
-            "cpu" if level.offload else device,
-            self._dtype,
-            lora=names.get("lora"),
-            lora_scale=config.lora_scale,
-            parity=config.mode == "parity",
-            cast=_CASTS.get(config.transformer),
-        )
-        place(self._transformer, level, device, _STACKS)
-        compile_blocks(self._transformer, level, device, _STACKS)
-        heads = self._transformer.config
-        self._kernel = attention_kernel(device, self._dtype, heads.dim // heads.num_heads)
+        self._kernel = kernel
 
     @torch.inference_mode()
     def denoise(
@@ -72,25 +57,14 @@ class WindowDenoiser:
     ) -> dict[str, NDArray[Any]]:
         """`latents` [16, T, h, w]; with a window to follow also `motion_frames` [3, frames, H, W] in -1..1,
         the end of this one, and in `parity` the state of the one generator that a clip has."""
-        picture = as_frame(reference["picture"]).to(self._device)
-        begin = self._tensor(previous["motion_frames"]) if previous else picture[:, None]
         generator = self._generator(seed, window, config, previous)
-        condition = encode_condition(self._vae, begin[None], config.window_frames)
-        inputs = ClipInputs(
-            prompt_embeds=self._tensor(text["prompt_embeds"]),
-            negative_prompt_embeds=self._tensor(text["negative_prompt_embeds"]),
-            clip_features=clip_features(self._clip, begin[None, :, -1]),
-            condition=condition,
-            audio=self._tensor(self._speech(audio, window, config)),
-            speaker_masks=self._tensor(reference["speaker_masks"]),
-            motion_latents=_motion_latents(condition, begin.shape[1]) if previous else None,
-        )
+        inputs = self.inputs(text, reference, audio, config, window, previous)
+        settings = SamplerSettings.from_config(config)
         with attention(self._kernel):
-            latents = denoise_window(
-                self._transformer, inputs, SamplerSettings.from_config(config), generator, report
-            )
+            latents = denoise_window(self._transformer, inputs, settings, generator, report)
         tensors = {"latents": _array(latents)}
         if config.mode == "parity" or window + 1 < num_windows(int(audio["num_frames"]), config):
+            picture = as_frame(reference["picture"]).to(self._device)
             frames = decode_window(self._vae, latents)
             frames = match_colour(frames, picture, config.colour_correction)
             tensors["motion_frames"] = _array(frames[:, -config.motion_frames :])
@@ -98,10 +72,29 @@ class WindowDenoiser:
                 tensors["generator_state"] = generator.get_state().numpy()
         return tensors
 
-    def _speech(self, audio: Arrays, window: int, config: DenoiseConfig) -> NDArray[np.float32]:
-        start = window_start(window, config)
-        embeddings = with_mirrored_end(audio["embeddings"], start + config.window_frames)
-        return audio_window(embeddings, start, config.window_frames)
+    @torch.inference_mode()
+    def inputs(
+        self,
+        text: Arrays,
+        reference: Arrays,
+        audio: Arrays,
+        config: DenoiseConfig,
+        window: int,
+        previous: Arrays | None,
+    ) -> ClipInputs:
+        """Of a window that begins with the picture, or with the end of the window before."""
+        picture = as_frame(reference["picture"]).to(self._device)
+        begin = self._tensor(previous["motion_frames"]) if previous else picture[:, None]
+        condition = encode_condition(self._vae, begin[None], config.window_frames)
+        return ClipInputs(
+            prompt_embeds=self._tensor(text["prompt_embeds"]),
+            negative_prompt_embeds=self._tensor(text["negative_prompt_embeds"]),
+            clip_features=clip_features(self._clip, begin[None, :, -1]),
+            condition=condition,
+            audio=self._tensor(_speech(audio["embeddings"], window, config)),
+            speaker_masks=self._tensor(reference["speaker_masks"]),
+            motion_latents=_motion_latents(condition, begin.shape[1]) if previous else None,
+        )
 
     def _generator(
         self, seed: int, window: int, config: DenoiseConfig, previous: Arrays | None
@@ -117,6 +110,37 @@ class WindowDenoiser:
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.float32)).to(self._device)
+
+
+def load_window_denoiser(
+    names: Mapping[str, str], device: str, level: Level, config: DenoiseConfig
+) -> WindowDenoiser:
+    """`names` are those of the weights, by what they are."""
+    on_gpu = device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    vae = load_vae(weights.locate(names["vae"]), device)
+    clip = load_clip(weights.locate(names["clip"]), device, torch.float16 if on_gpu else torch.float32)
+    transformer = load_transformer(
+        names["transformer"],
+        "cpu" if level.offload else device,
+        dtype,
+        lora=names.get("lora"),
+        lora_scale=config.lora_scale,
+        parity=config.mode == "parity",
+        cast=_CASTS.get(config.transformer),
+    )
+    place(transformer, level, device, _STACKS)
+    compile_blocks(transformer, level, device, _STACKS)
+    heads = transformer.config
+    kernel = attention_kernel(device, dtype, heads.dim // heads.num_heads)
+    return WindowDenoiser(transformer, clip, vae, device, kernel)
+
+
+def _speech(embeddings: NDArray[np.float32], window: int, config: DenoiseConfig) -> NDArray[np.float32]:
+    """Rows round the last frames lie beyond the window's end."""
+    start = window_start(window, config)
+    extended = with_mirrored_end(embeddings, start + config.window_frames + SPARE_FRAMES)
+    return audio_window(extended, start, config.window_frames)
 
 
 def _motion_latents(condition: Tensor, num_frames: int) -> Tensor:

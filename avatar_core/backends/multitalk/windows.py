@@ -12,7 +12,7 @@ from avatar_core.store.keys import derive_seed
 SAMPLE_RATE = 16_000
 PARITY_FPS = 25.0
 PARITY_MAX_FRAMES = 1000
-_SPARE_FRAMES = 3  # of mirrored speech beyond a window's end, as the published code has it
+SPARE_FRAMES = 3  # of mirrored speech beyond a window's end, as the published code has it
 
 
 def num_speech_frames(duration_s: float, fps: float, mode: Mode) -> int:
@@ -45,7 +45,7 @@ def num_video_frames(num_speech_frames: int, config: DenoiseConfig) -> int:
     if count == 1:
         return end
     whole = min(end, PARITY_MAX_FRAMES)
-    missing = end - num_speech_frames + _SPARE_FRAMES
+    missing = end - num_speech_frames + SPARE_FRAMES
     return whole - missing if end >= num_speech_frames else min(whole, end)
 
 

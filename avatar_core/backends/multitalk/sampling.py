@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +66,10 @@ class ClipInputs:
 
 def timesteps(num_inference_steps: int, flow_shift: float) -> Tensor:
     """[steps + 1] from 1000 to 0, in float32."""
-    even = torch.linspace(NUM_TRAIN_TIMESTEPS, 1, num_inference_steps) / NUM_TRAIN_TIMESTEPS
-    shifted = NUM_TRAIN_TIMESTEPS * flow_shift * even / (1 + (flow_shift - 1) * even)
+    # numpy's, which is not torch's in the last bit
+    even = torch.from_numpy(np.linspace(NUM_TRAIN_TIMESTEPS, 1, num_inference_steps, dtype=np.float32))
+    even = even / NUM_TRAIN_TIMESTEPS
+    shifted = flow_shift * even / (1 + (flow_shift - 1) * even) * NUM_TRAIN_TIMESTEPS
     return torch.cat([shifted, shifted.new_zeros(1)])
 
 
@@ -154,8 +157,9 @@ class GuidedVelocity:
             self._transformer(model_input, time[None], conditions, cache)[0]
             for conditions, cache in zip(self._calls, self.caches, strict=True)
         ]
+        join: Callable[..., Tensor]
         if self._by_text:
-            join: Callable[..., Tensor] = self._projected.guide if self._projected else guide
+            join = self._projected.guide if self._projected else guide
             return join(*answers, self._scales)
         join = self._projected.guide_by_speech if self._projected else guide_by_speech
         return join(*answers, self._scales.audio)

@@ -101,7 +101,14 @@ class Window:
     persons: int = 2
 
     def run(self, **options: Any) -> Tensor:
-        config = DenoiseConfig(**{"num_inference_steps": 1, "window_frames": self.size.frames, **options})
+        config = DenoiseConfig(
+            **{
+                "num_inference_steps": 1,
+                "window_frames": self.size.frames,
+                "motion_frames": 5,
+                **options,
+            }
+        )
         inputs = random_inputs(self.size, self.machine.device, self.persons)
         generator = torch.Generator().manual_seed(4)
         settings = SamplerSettings.from_config(config)

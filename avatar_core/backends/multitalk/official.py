@@ -191,7 +191,7 @@ def _loaded(
     dtype: torch.dtype,
     dtype_of: Callable[[str, torch.dtype], torch.dtype] = lambda name, dtype: dtype,
 ) -> Model:
-    """`state` has the official names. Quantised weights have scales beside them, and both stay as they are."""
+    """`state` has the official names. Quantised weights have scales beside them; both stay as they are."""
     renamed = rename(state, scale_renames(name_map, state))
     scales = {name for name in renamed if name.endswith(SCALE)}
     modules = {name.removesuffix(SCALE) for name in scales}

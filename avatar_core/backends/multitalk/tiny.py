@@ -81,7 +81,7 @@ CLIP = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
-VAE = {"base_dim": 8}
+VAE = {"base_dim": 4, "num_res_blocks": 1}
 
 # By which the usual random weights grow, so that picture and sound show in the video as the prompt does.
 _GAINS: Mapping[str, float] = {}

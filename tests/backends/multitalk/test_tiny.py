@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from avatar_core import weights
 from avatar_core.backends.multitalk.official import (
@@ -16,6 +16,7 @@ from avatar_core.backends.multitalk.official import (
     load_vae,
     read_config,
 )
+from avatar_core.backends.multitalk.quantised import DTYPES, SCALE
 from avatar_core.backends.multitalk.tiny import TRANSFORMER, write_tiny_checkpoint
 from avatar_core.checkpoint import read_checkpoint
 from avatar_core.errors import WeightsError
@@ -40,7 +41,9 @@ def checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """But for the hashes that were taken of them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "sha256.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def state_equal(first: nn.Module, second: nn.Module) -> bool:
@@ -49,11 +52,19 @@ def state_equal(first: nn.Module, second: nn.Module) -> bool:
     return one.keys() == other.keys() and all(same)
 
 
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """Its tensors, with those multiplied out that are stored with scales."""
+    state = model.state_dict()
+    scales = {name.removesuffix(SCALE) + ".weight": state[name] for name in state if name.endswith(SCALE)}
+    return {n: t.float() * scales.get(n, 1) for n, t in state.items() if not n.endswith(SCALE)}
+
+
 def spread(first: nn.Module, second: nn.Module) -> dict[str, float]:
-    """Largest difference of each tensor that differs."""
-    one, other = first.state_dict(), second.state_dict()
-    off = {name: float((one[name].float() - other[name].float()).abs().max()) for name in one}
-    return {name: value for name, value in off.items() if value}
+    """Largest difference of each tensor that differs, as part of the largest entry."""
+    one, other = values(first), values(second)
+    assert one.keys() == other.keys()
+    off = {name: float((one[name] - other[name]).abs().max() / other[name].abs().max()) for name in one}
+    return {name: value for name, value in off.items() if value > 0}
 
 
 def test_every_part_of_the_registry_is_there(checkpoint: Path) -> None:
@@ -118,11 +129,7 @@ def test_whole_checkpoint_loads(checkpoint: Path) -> None:
         assert not [n for n, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     text = load_text_encoder("multitalk-tiny/text", "cpu", torch.float32)
     rounded = load_text_encoder("multitalk-tiny/text-int8", "cpu", torch.float32)
-    assert (
-        0
-        < max(spread(text, rounded).values())
-        < 0.1 * max(float(t.abs().max()) for t in text.state_dict().values())
-    )
+    assert 0 < max(spread(rounded, text).values()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -203,6 +210,8 @@ def test_lora_is_merged_into_official_and_converted_weights(checkpoint: Path) ->
     doubled = spread(merged(lora_scale=2.0), plain)
     assert doubled.keys() == changed.keys()
     assert all(doubled[name] == pytest.approx(2 * changed[name], rel=0.02) for name in changed)
+    as_published = spread(merged(parity=True), plain)
+    assert as_published.keys() == changed.keys()
     convert(NAME)
     assert state_equal(merged(), once)
 
@@ -210,19 +219,46 @@ def test_lora_is_merged_into_official_and_converted_weights(checkpoint: Path) ->
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_quantised_files_are_the_same_model_rounded(checkpoint: Path, kind: str) -> None:
     plain = load_transformer(NAME, "cpu", torch.float32)
-    rounded = load_transformer(f"{NAME}-{kind}", "cpu", torch.float32)
-    if rounded.state_dict().keys() == plain.state_dict().keys():
-        off = spread(rounded, plain)
-        assert off
-        assert max(off.values()) < 0.07 * max(float(p.abs().max()) for p in plain.parameters())
+    off = spread(load_transformer(f"{NAME}-{kind}", "cpu", torch.float32), plain)
+    linears = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.removesuffix(".weight") for name in off} == linears
+    assert max(off.values()) < (0.01 if kind == "int8" else 0.07)
+
+
+def test_the_quantised_file_with_a_lora_has_it_merged(checkpoint: Path) -> None:
+    merged = load_transformer(NAME, "cpu", torch.float32, lora="multitalk-tiny/lora-fusionx", parity=True)
+    off = spread(load_transformer(f"{NAME}-int8-fusionx", "cpu", torch.float32), merged)
+    assert max(off.values()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_of_the_blocks_can_be_cast_on_loading(checkpoint: Path, kind: str) -> None:
+    plain = load_transformer(NAME, "cpu", torch.float32)
+    model = load_transformer(NAME, "cpu", torch.float32, cast=kind)
+    off = spread(model, plain)
+    assert off
+    assert all(name.startswith("blocks.") for name in off)
+    assert max(off.values()) < (0.01 if kind == "int8" else 0.07)
+    assert model.blocks[1].ffn.net[2].weight.dtype == DTYPES[kind]
+
+
+def test_a_map_of_another_kind_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / ADDED / "quant_models/dit_model_map_int8.json"
+    text = path.read_text()
+    path.write_text(text.replace('"qint8"', '"qint4"', 1))
+    with pytest.raises(WeightsError, match=r"is quantised as .*qint4.*; allowed are"):
+        load_transformer(f"{NAME}-int8", "cpu")
+    path.write_text(json.dumps(json.loads(text) | {"blocks.7.ffn.0": {"weights": "qint8"}}))
+    with pytest.raises(WeightsError, match=r"lacks 'blocks\.7\.ffn\.0\.weight\._data'"):
+        load_transformer(f"{NAME}-int8", "cpu")
 
 
 def test_official_size_has_every_official_tensor(tiny: Path) -> None:
     """Names and shapes of 1633 tensors, 330 of which MultiTalk adds."""
     from accelerate import init_empty_weights
+
     from avatar_core.backends.multitalk.name_map import transformer_name_map
     from avatar_core.backends.multitalk.transformer import MultiTalkTransformer, TransformerConfig
-
     from avatar_core.checkpoint import undo_rename
 
     with init_empty_weights():

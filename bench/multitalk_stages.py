@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
 from gpu_report import Machine, Report, lazily
 from random_models import filled
 from random_multitalk import Size
@@ -61,10 +62,6 @@ def _decode(machine: Machine, size: Size) -> Callable[[], object]:
 def _random(
     build: Callable[..., torch.nn.Module], size: Size, encoder: str, machine: Machine, dtype: torch.dtype
 ) -> torch.nn.Module:
-    from accelerate import init_empty_weights
-
     with init_empty_weights():
         model = build((size.encoders or {}).get(encoder))
-    model = model.to(dtype)
-    filled(model, machine.device, dict.fromkeys(model.state_dict(), dtype))
-    return model.to(machine.device)
+    return filled(model, machine.device, dict.fromkeys(model.state_dict(), dtype)).to(machine.device)

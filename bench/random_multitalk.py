@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from random_models import filled
 from torch import Tensor
@@ -77,14 +78,15 @@ def random_transformer(
     config: TransformerConfig, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> MultiTalkTransformer:
     """The same for one configuration in every dtype, up to rounding to it: bfloat16 numbers."""
-    with torch.device("meta"):
+    with init_empty_weights():
         transformer = MultiTalkTransformer(config)
-    return filled(transformer, device, {n: parameter_dtype(n, dtype) for n in transformer.state_dict()})
+    dtypes = {name: parameter_dtype(name, dtype) for name in transformer.state_dict()}
+    return filled(transformer, device, dtypes).to(device)
 
 
 def random_plain_transformer(config: TransformerConfig, device: str) -> WanTransformer3DModel:
     """diffusers' model of this size without MultiTalk's layers, throughout in bfloat16."""
-    with torch.device("meta"):
+    with init_empty_weights():
         transformer = WanTransformer3DModel(
             num_attention_heads=config.num_heads,
             attention_head_dim=config.dim // config.num_heads,
@@ -97,7 +99,8 @@ def random_plain_transformer(config: TransformerConfig, device: str) -> WanTrans
             image_dim=config.clip_dim,
             added_kv_proj_dim=config.dim,
         )
-    return filled(transformer, device, dict.fromkeys(transformer.state_dict(), torch.bfloat16))
+    dtypes = dict.fromkeys(transformer.state_dict(), torch.bfloat16)
+    return filled(transformer, device, dtypes).to(device)
 
 
 def random_inputs(size: Size, device: str, persons: int | None = None) -> ClipInputs:

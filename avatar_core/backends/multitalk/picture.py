@@ -133,7 +133,7 @@ def _nearest(masks: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.fl
 
 
 def _check(token_masks: NDArray[np.float32], boxes: Boxes) -> None:
-    seen = token_masks.reshape(3, -1).any(axis=1)
+    seen = [bool(mask.any()) for mask in token_masks]
     listed = [[round(float(value)) for value in box] for box in boxes]
     for number in (0, 1):
         if not seen[number]:

@@ -148,7 +148,7 @@ def _write_shards(state: Mapping[str, Tensor], folder: Path) -> None:
     """Two, as the official base has seven."""
     names = list(state)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
-    places = {}
+    places: dict[str, str] = {}
     for number, half in enumerate(halves, start=1):
         filename = f"diffusion_pytorch_model-{number:05d}-of-{len(halves):05d}.safetensors"
         _save({name: state[name] for name in half}, folder / filename)

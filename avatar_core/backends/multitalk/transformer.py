@@ -101,7 +101,9 @@ class MultiTalkBlock(WanTransformerBlock):
         self.norm_x = FP32LayerNorm(config.dim, config.eps)
         self.audio_cross_attn = AudioCrossAttention(config.dim, config.num_heads, config.output_dim)
 
-    def forward(self, hidden_states: Tensor, time: Tensor, conditions: Conditions, rotary: Rotary) -> Tensor:
+    def forward(  # type: ignore[override]  # other conditions
+        self, hidden_states: Tensor, time: Tensor, conditions: Conditions, rotary: Rotary
+    ) -> Tensor:
         """`time` [1, 6, dim]; float32, as is all that scales and shifts."""
         modulation = (self.scale_shift_table + time).chunk(6, dim=1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
@@ -168,7 +170,7 @@ class MultiTalkTransformer(nn.Module):
         [persons, F, window, layers, channels], `speaker_masks` [3, h, w]."""
         missing = self.config.text_len - prompt_embeds.shape[0]
         text = nn.functional.pad(prompt_embeds.to(self.dtype), (0, 0, 0, missing))[None]
-        embedder = self.condition_embedder
+        embedder: Any = self.condition_embedder
         image = embedder.image_embedder(clip_features.to(self.dtype))
         context = torch.cat([image, embedder.text_embedder(text)], dim=1)
         speech = join_speakers(self.audio_proj(audio.to(self.dtype)))

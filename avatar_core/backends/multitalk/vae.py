@@ -39,7 +39,7 @@ def build_vae(sizes: Mapping[str, Any] | None = None) -> AutoencoderKLWan:
 def vae_name_map(sizes: Mapping[str, Any] | None = None) -> list[Rename]:
     """From the official names to those of diffusers."""
     with torch.device("meta"):
-        vae = build_vae(sizes)
+        vae: Any = build_vae(sizes)
     layers = vae.config.num_res_blocks + 1
     return [Rename(_official_name(name, layers), name) for name in vae.state_dict()]
 

@@ -127,7 +127,7 @@ def test_the_large_models_have_memory_levels() -> None:
 
 def test_a_clip_has_windows() -> None:
     backend = multitalk(**FAST)
-    assert isinstance(backend, WindowedBackend)
+    assert isinstance(multitalk(**FAST), WindowedBackend)
     assert [backend.num_windows(duration_s, 25.0) for duration_s in (1.0, 3.24, 3.25, 60.0)] == [1, 1, 2, 27]
     assert backend.num_frames(60.0, 25.0) == 1500
     assert multitalk(denoise={"max_windows": 2}).num_frames(60.0, 25.0) == 137

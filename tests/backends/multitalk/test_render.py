@@ -30,8 +30,8 @@ from tests.sample_rows import (
     write_table,
 )
 
-DURATION_S = 0.8
-NUM_FRAMES, NUM_WINDOWS = 20, 2
+DURATION_S = 0.48
+NUM_FRAMES, NUM_WINDOWS = 12, 2
 PROMPT = "A woman speaks in a sunny garden."
 BASE = {"name": "base", "image": "portrait.jpg", "audio": "hello.wav", "prompt": PROMPT, "seed": 1}
 PAIR = {**BASE, "image": "pair.jpg", "audio_2": "again.wav", "audio_type": "para"}
@@ -48,7 +48,7 @@ FILE = "MeiGen-MultiTalk/multitalk.safetensors"
 
 
 def backend(steps: int = 2, **options: Any) -> dict[str, Any]:
-    denoise = {"num_inference_steps": steps, "window_frames": 13, "motion_frames": 5}
+    denoise = {"num_inference_steps": steps, "window_frames": 9, "motion_frames": 5}
     denoise |= options.pop("denoise", {})
     return {
         "name": "multitalk",
@@ -155,7 +155,7 @@ def test_rows_share_what_is_equal(done: tuple[Result, Watcher, Path]) -> None:
         "audio": 5,
         "text": 3,
         "reference": 5,
-        "denoise": clips * NUM_WINDOWS + 2,
+        "denoise": clips * NUM_WINDOWS + 3,
         "decode": clips,
     }
 
@@ -305,7 +305,7 @@ def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: 
     table = write_table(folder / "killed.csv", [{**PAIR, "name": "pair"}])
     store = tmp_path / "store"
     words = ["render", str(table), "backend=multitalk", "preset=tiny", f"storage.root={store}"]
-    settings = {"num_inference_steps": 30, "window_frames": 13, "motion_frames": 5}
+    settings = {"num_inference_steps": 30, "window_frames": 9, "motion_frames": 5}
     words += [f"backend.denoise.{name}={value}" for name, value in settings.items()]
     words += [f"runtime.cache_dir={tmp_path / 'cache'}", "runtime.cpus=1"]
     process = subprocess.Popen(
@@ -332,11 +332,11 @@ def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: 
 
 def test_a_longer_clip_is_made_of_more_windows(tiny: Path, folder: Path, tmp_path: Path) -> None:
     """The first windows are equal whatever follows."""
-    write_recording(folder / "long.wav", 0.5, 2.0)
+    write_recording(folder / "long.wav", 0.5, 0.8)
     table = write_table(folder / "long.csv", [{**BASE, "audio": "long.wav"}])
     limited = render_table(table, tmp_path / "limited", backend=backend(denoise={"max_windows": 2}))
     whole = render_table(table, tmp_path / "whole", backend=backend())
-    assert frames(limited, "base").shape[0] == 21
-    assert frames(whole, "base").shape[0] == 50
-    assert len(attempts(tmp_path / "whole", "denoise")) == 6
+    assert frames(limited, "base").shape[0] == 13
+    assert frames(whole, "base").shape[0] == 20
+    assert len(attempts(tmp_path / "whole", "denoise")) == 4
     assert np.abs(frames(whole, "base")[:13] - frames(limited, "base")[:13]).mean() < 3

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_the_quantised_file_with_a_lora_has_it_merged(checkpoint: Path) -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_weights_of_the_blocks_can_be_cast_on_loading(checkpoint: Path, kind: str) -> None:
     plain = load_transformer(NAME, "cpu", torch.float32)
-    model = load_transformer(NAME, "cpu", torch.float32, cast=kind)
+    model: Any = load_transformer(NAME, "cpu", torch.float32, cast=kind)
     off = spread(model, plain)
     assert off
     assert all(name.startswith("blocks.") for name in off)

@@ -26,22 +26,23 @@ class AudioEncoder:
     """`folder` holds the official wav2vec2."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        self._model: Any = load_wav2vec2(folder, device)
+        self.model: Any = load_wav2vec2(folder, device)
         self._device = device
         self._num_frames = 0
-        self._model.feature_extractor.register_forward_hook(self._stretch)
+        self.model.feature_extractor.register_forward_hook(self._stretch)
 
     def encode(
         self, tracks: Sequence[Samples], sample_rate: int, fps: float, num_frames: int, *, parity: bool
     ) -> NDArray[np.float32]:
         """[speakers, num_frames, layers, channels] of equally long mono recordings."""
-        self._num_frames = num_frames
-        return np.stack([self._encode(levelled(track, sample_rate)) for track in tracks])
+        return np.stack([self.embed(levelled(track, sample_rate), num_frames) for track in tracks])
 
     @torch.inference_mode()
-    def _encode(self, samples: Samples) -> NDArray[np.float32]:
+    def embed(self, samples: Samples, num_frames: int) -> NDArray[np.float32]:
+        """[num_frames, layers, channels] of one recording."""
+        self._num_frames = num_frames
         wave = torch.from_numpy(normalised(samples))[None].to(self._device)
-        states = self._model(wave, output_hidden_states=True).hidden_states[1:]
+        states = self.model(wave, output_hidden_states=True).hidden_states[1:]
         return torch.cat(states).transpose(0, 1).float().cpu().numpy()
 
     def _stretch(self, module: nn.Module, given: Any, features: Tensor) -> Tensor:
@@ -58,12 +59,21 @@ def levelled(samples: Samples, sample_rate: int) -> Samples:
     stretch = samples[heard[0] : heard[-1] + 1]
     if len(stretch) < _MEASURED_S * sample_rate:
         return samples
+    measured = loudness_lufs(stretch, sample_rate)
+    if not abs(measured) <= _SILENT_LUFS:
+        return samples
+    return (samples * gain(measured)).astype(np.float32)
+
+
+def loudness_lufs(samples: Samples, sample_rate: int) -> float:
+    """By ITU-R BS.1770; minus infinity of silence."""
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
-        loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(stretch.astype(np.float64))
-    if not abs(loudness) <= _SILENT_LUFS:
-        return samples
-    return (samples * 10 ** ((LOUDNESS_LUFS - loudness) / 20)).astype(np.float32)
+        return float(pyloudnorm.Meter(sample_rate).integrated_loudness(samples.astype(np.float64)))
+
+
+def gain(measured_lufs: float) -> float:
+    return float(10 ** ((LOUDNESS_LUFS - measured_lufs) / 20))
 
 
 def normalised(samples: Samples) -> Samples:

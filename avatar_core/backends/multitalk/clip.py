@@ -95,8 +95,11 @@ def whole_clip(half: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def clip_features(model: Any, frame: Tensor) -> Tensor:
     """[1, 257, channels] of frames [1, 3, H, W] in -1..1: states before the last layer."""
-    side = model.config.image_size
+    pixels = clip_pixels(frame, model.config.image_size)
+    return model(pixels.to(model.dtype), output_hidden_states=True).hidden_states[-2]
+
+
+def clip_pixels(frame: Tensor, side: int) -> Tensor:
     pixels = nn.functional.interpolate(frame, size=(side, side), mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(v, device=frame.device).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-    pixels = (pixels * 0.5 + 0.5 - mean) / std
-    return model(pixels.to(model.dtype), output_hidden_states=True).hidden_states[-2]
+    return (pixels * 0.5 + 0.5 - mean) / std

@@ -46,7 +46,11 @@ def video_size(width: int, height: int, image_size: int) -> tuple[int, int]:
 
 
 def nearest_size(ratio: float, buckets: Mapping[float, tuple[int, int]]) -> tuple[int, int]:
-    return buckets[min(buckets, key=lambda key: abs(key - ratio))]
+    return buckets[nearest_key(ratio, buckets)]
+
+
+def nearest_key(ratio: float, buckets: Mapping[float, tuple[int, int]]) -> float:
+    return min(buckets, key=lambda key: abs(key - ratio))
 
 
 def fit_picture(picture: Picture, image_size: int) -> Picture:
@@ -57,7 +61,7 @@ def fit_picture(picture: Picture, image_size: int) -> Picture:
 def cover(picture: Picture, target: tuple[int, int]) -> Picture:
     """RGB [H, W, 3], scaled to cover the height and width of `target` and cut on both sides."""
     height, width = picture.shape[:2]
-    resized, top, left = _covering(height, width, target)
+    resized, top, left = covering(height, width, target)
     pixels = np.asarray(Image.fromarray(picture).resize(resized[::-1], Resampling.BILINEAR))
     return np.ascontiguousarray(pixels[top : top + target[0], left : left + target[1]])
 
@@ -79,17 +83,23 @@ def masks_within(
     latent = (target[0] // LATENT_PIXELS, target[1] // LATENT_PIXELS)
     if speakers == 1:
         return np.ones((3, *latent), np.float32)
-    given = boxes or _halves(source_width, source_height)
+    given = boxes or halves(source_width, source_height)
+    masks = nearest(pixel_masks(target, source_width, source_height, given), latent)
+    _check(nearest(masks, (target[0] // TOKEN_PIXELS, target[1] // TOKEN_PIXELS)), given)
+    return masks
+
+
+def pixel_masks(
+    target: tuple[int, int], source_width: int, source_height: int, given: Boxes
+) -> NDArray[np.float32]:
+    """[3, H, W] of two boxes and what is in neither."""
     masks = np.zeros((3, source_height, source_width), np.float32)
     for mask, box in zip(masks, given, strict=False):
         x_min, y_min, x_max, y_max = (max(0, int(value)) for value in box)
         mask[y_min:y_max, x_min:x_max] = 1
     masks[2] = masks[:2].sum(axis=0) == 0
-    resized, top, left = _covering(source_height, source_width, target)
-    masks = _nearest(masks, resized)[:, top : top + target[0], left : left + target[1]]
-    masks = _nearest(masks, latent)
-    _check(_nearest(masks, (target[0] // TOKEN_PIXELS, target[1] // TOKEN_PIXELS)), given)
-    return masks
+    resized, top, left = covering(source_height, source_width, target)
+    return nearest(masks, resized)[:, top : top + target[0], left : left + target[1]]
 
 
 def boxes_of_faces(faces: Sequence[Face], width: int, height: int) -> list[tuple[float, float, float, float]]:
@@ -109,14 +119,14 @@ def boxes_of_faces(faces: Sequence[Face], width: int, height: int) -> list[tuple
     return boxes
 
 
-def _covering(height: int, width: int, target: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
+def covering(height: int, width: int, target: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
     """Height and width to which the picture is scaled, and what is cut above and on the left."""
     scale = max(target[0] / height, target[1] / width)
     resized = (math.ceil(scale * height), math.ceil(scale * width))
     return resized, round((resized[0] - target[0]) / 2), round((resized[1] - target[1]) / 2)
 
 
-def _halves(width: int, height: int) -> Boxes:
+def halves(width: int, height: int) -> Boxes:
     half = width // 2
     border, end = 0.05, 1 - 0.05
     rows = int(border * height), int(end * height)
@@ -126,7 +136,7 @@ def _halves(width: int, height: int) -> Boxes:
     ]
 
 
-def _nearest(masks: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+def nearest(masks: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     rows = (np.arange(size[0]) * (masks.shape[1] / size[0])).astype(int)
     columns = (np.arange(size[1]) * (masks.shape[2] / size[1])).astype(int)
     return masks[:, rows][:, :, columns]

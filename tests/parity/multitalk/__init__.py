@@ -7,7 +7,7 @@ one clip hands to the next.
 
 from tests.parity.golden import EXACT, Case, Tolerance
 
-PARTS = ("transformer", "sampling")
+PARTS = ("transformer", "encoders", "sampling")
 """Modules of this package; each has `CASES`, from a prefix to a function from `Golden` to `Values`. More than
 one may give values of a file."""
 
@@ -75,10 +75,28 @@ TABLE = (
     Case("stream_", _RUN, recorded=_RECORDED_OF_RUN),
     Case("clip_1p_cfg2", _RUN, recorded=_RECORDED_OF_RUN),
     Case("clip_visual", {"*": CLOSE}),
-    Case("vae", {"*:out.decoded": Tolerance(5e-5), "*": CLOSE}),
-    Case("t5_encoder", {"*": CLOSE}),
-    Case("wav2vec2", {"*": ALONE}),
+    Case(
+        "vae", {"*:out.decoded": Tolerance(5e-5), "*:latents_*": EXACT, "*": CLOSE}, recorded=("latents_*",)
+    ),
+    Case("t5_encoder", {"*:valid_lengths": EXACT, "*": CLOSE}, recorded=("valid_lengths",)),
+    Case(
+        "wav2vec2",
+        {"*frames": EXACT, "*:n_hidden_states": EXACT, "*": ALONE},
+        recorded=("frames", "conv_frames", "n_hidden_states"),
+    ),
     Case("color_match", {"*": ALONE}),
-    Case("loudness", {"*": Tolerance(1e-4)}),
-    Case("image_and_masks", {"*": EXACT}),
+    Case(
+        "loudness",
+        {"*:samples_to_frames": EXACT, "*": Tolerance(1e-4)},
+        recorded=("measured_lufs", "gain", "target", "silence_lufs", "samples_to_frames"),
+    ),
+    Case(
+        "image_and_masks",
+        {"*normalised": Tolerance(1e-6), "*": EXACT},
+        inputs=("image?.in",),
+        recorded=tuple(
+            f"bucket_table.*.{name}"
+            for name in ("bucket", "target_h", "target_w", "resized_h", "resized_w", "crop_top", "crop_left")
+        ),
+    ),
 )

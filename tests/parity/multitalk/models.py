@@ -11,6 +11,7 @@ from torch import Tensor
 from avatar_core.backends.multitalk.clip import build_clip, clip_half, clip_name_map
 from avatar_core.backends.multitalk.name_map import transformer_name_map
 from avatar_core.backends.multitalk.quantised import SCALE, scale_renames, store_quantised
+from avatar_core.backends.multitalk.text import build_text_encoder, text_name_map
 from avatar_core.backends.multitalk.transformer import MultiTalkTransformer, TransformerConfig
 from avatar_core.backends.multitalk.vae import build_vae, vae_name_map
 from avatar_core.checkpoint import Rename, load_strict, rename
@@ -60,6 +61,22 @@ def load_clip(golden: Golden) -> Any:
     clip = build_clip(sizes)
     load_strict(clip, rename(half, as_told(golden, clip_name_map(sizes))))
     return clip.eval().requires_grad_(False)
+
+
+def load_text_encoder(golden: Golden) -> Any:
+    config = golden.settings["config"]
+    sizes = {
+        "vocab_size": config["vocab"],
+        "d_model": config["dim"],
+        "d_kv": config["dim_attn"] // config["num_heads"],
+        "d_ff": config["dim_ffn"],
+        "num_layers": config["num_layers"],
+        "num_heads": config["num_heads"],
+        "relative_attention_num_buckets": config["num_buckets"],
+    }
+    encoder = build_text_encoder(sizes)
+    load_strict(encoder, rename(golden.weights, as_told(golden, text_name_map(sizes))))
+    return encoder.eval().requires_grad_(False)
 
 
 def load_vae(golden: Golden) -> Any:

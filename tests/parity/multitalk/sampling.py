@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from avatar_core.backends.multitalk.colour import match_colour
 from avatar_core.backends.multitalk.config import DenoiseConfig
 from avatar_core.backends.multitalk.guidance import Direction
 from avatar_core.backends.multitalk.picture import cover, masks_within, nearest_size
@@ -26,7 +27,6 @@ from avatar_core.backends.multitalk.teacache import (
     coefficients,
     relative_change,
 )
-from avatar_core.backends.multitalk.vae import decode_window
 from avatar_core.backends.multitalk.window_decoder import WindowDecoder, as_frame
 from avatar_core.backends.multitalk.window_denoiser import WindowDenoiser
 from avatar_core.backends.multitalk.windows import num_video_frames, num_windows
@@ -140,14 +140,12 @@ def window_of(inputs: Mapping[str, Tensor]) -> ClipInputs:
     )
 
 
-@dataclass
 class Draws(TorchFunctionMode):
     """Records all noise that is drawn within."""
 
-    drawn: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.drawn: list[Tensor] = []
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -206,7 +204,9 @@ class Run:
             for load, name in ((load_transformer, TRANSFORMER), (load_vae, VAE), (load_clip, CLIP))
         )
         config, reference = config_of(golden.settings), reference_of(golden)
-        return cls(golden, config, reference, transformer, vae, WindowDenoiser(transformer, clip, vae, DEVICE))
+        return cls(
+            golden, config, reference, transformer, vae, WindowDenoiser(transformer, clip, vae, DEVICE)
+        )
 
     @property
     def text(self) -> dict[str, Any]:
@@ -220,10 +220,11 @@ class Run:
         persons = range(1, self.golden.settings["persons"] + 1)
         return np.stack([self.golden.inputs[f"audio_person{number}"].numpy() for number in persons])
 
-    def windows(self) -> Iterator[tuple[Values, Any, list[bool]]]:
-        """What was recorded of each window, the tensors that it leaves, and which calls ran the blocks."""
+    def windows(self) -> Iterator[tuple[Values, list[bool]]]:
+        """What was recorded of each window, and which calls ran the blocks."""
         speech, calls = self.speech, Calls(self.transformer)
         audio = {"embeddings": speech, "num_frames": num_video_frames(speech.shape[1], self.config)}
+        decoder = WindowDecoder(self.vae, DEVICE)
         conditions, seed, previous = (self.text, self.reference, audio), self.golden.settings["seed"], None
         for window in range(num_windows(speech.shape[1], self.config)):
             first = len(calls.answers)
@@ -242,12 +243,12 @@ class Run:
                 "audio_windows": inputs.audio,
                 "ref_target_masks": inputs.speaker_masks,
                 "final_latent": latents,
-                "vae_decode_out": decode_window(self.vae, latents),
+                "vae_decode_out": decoder.pixels(tensors["latents"], self.reference["picture"], 0.0),
                 **self._steps(calls, first),
                 **noise_of(draws.drawn),
             }
             place = f"clip{window}"
-            yield {f"{place}.{n}": v for n, v in values.items()}, tensors, calls.computed[first:]
+            yield {f"{place}.{n}": v for n, v in values.items()}, calls.computed[first:]
             previous = tensors
 
     def _steps(self, calls: Calls, first: int) -> Values:
@@ -270,12 +271,14 @@ def noise_of(drawn: Sequence[Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def whole_run(golden: Golden) -> Values:
     run = Run.of(golden)
-    decoder, values = WindowDecoder(run.vae, DEVICE), {}
+    picture = as_frame(run.reference["picture"])
+    values: dict[str, Any] = {}
     frames, computed = [], []
-    for number, (recorded, tensors, ran) in enumerate(run.windows()):
+    for number, (recorded, ran) in enumerate(run.windows()):
         values |= recorded
         computed += ran
-        pixels = decoder.pixels(tensors["latents"], run.reference["picture"], run.config.colour_correction)
+        decoded = recorded[f"clip{number}.vae_decode_out"]
+        pixels = match_colour(decoded, picture, run.config.colour_correction)
         frames.append(pixels if number == 0 else pixels[:, run.config.motion_frames :])
     length = num_video_frames(run.speech.shape[1], run.config)
     video = torch.cat(frames, dim=1)[:, :length]

@@ -178,7 +178,9 @@ class MultiTalkBackend:
     ) -> Iterator[Picture]:
         denoise = self.config.denoise
         for window, tensors in enumerate(windows):
-            frames = models.frames(tensors["latents"], picture, denoise.colour_correction)
+            frames = models.frames(
+                tensors["latents"], picture, denoise.colour_correction, parity=config.mode == "parity"
+            )
             yield from frames if window == 0 else frames[denoise.motion_frames :]
 
 

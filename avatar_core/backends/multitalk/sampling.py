@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,8 @@ class GuidedVelocity:
     def __init__(self, transformer: Any, inputs: ClipInputs, settings: SamplerSettings) -> None:
         self._transformer = transformer
         self._condition = inputs.condition
-        self._scales = Scales(settings.text_guidance_scale, settings.audio_guidance_scale)
         self._by_text = not math.isclose(settings.text_guidance_scale, 1.0)
-        self._projected = ProjectedGuidance(*settings.projected) if settings.projected else None
+        self._join = _guidance(settings, by_text=self._by_text)
         self._calls = list(self._conditions(inputs))
         self.caches: list[CallCache | None] = [None] * len(self._calls)
         if settings.cache_threshold is not None:
@@ -157,9 +157,14 @@ class GuidedVelocity:
             self._transformer(model_input, time[None], conditions, cache)[0]
             for conditions, cache in zip(self._calls, self.caches, strict=True)
         ]
-        join: Callable[..., Tensor]
-        if self._by_text:
-            join = self._projected.guide if self._projected else guide
-            return join(*answers, self._scales)
-        join = self._projected.guide_by_speech if self._projected else guide_by_speech
-        return join(*answers, self._scales.audio)
+        return self._join(*answers)
+
+
+def _guidance(settings: SamplerSettings, *, by_text: bool) -> Callable[..., Tensor]:
+    """Of the answers to three calls, or to two."""
+    projected = ProjectedGuidance(*settings.projected) if settings.projected else None
+    if by_text:
+        scales = Scales(settings.text_guidance_scale, settings.audio_guidance_scale)
+        return partial(projected.guide if projected else guide, scales=scales)
+    by_speech = projected.guide_by_speech if projected else guide_by_speech
+    return partial(by_speech, audio_scale=settings.audio_guidance_scale)

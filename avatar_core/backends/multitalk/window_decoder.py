@@ -18,17 +18,22 @@ class WindowDecoder:
         self._vae = vae
         self._device = device
 
-    def frames(self, latents: NDArray[np.float32], picture: Picture, colour_correction: float) -> Picture:
+    def frames(
+        self, latents: NDArray[np.float32], picture: Picture, colour_correction: float, *, parity: bool
+    ) -> Picture:
         """[frames, H, W, 3] of latents [16, T, h, w]; `picture` [H, W, 3] is what colours are drawn to."""
-        frames = self.pixels(latents, picture, colour_correction)
+        frames = self.pixels(latents, picture, colour_correction, parity=parity)
         rounded = ((frames + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
         return np.asarray(rounded.permute(1, 2, 3, 0).cpu().numpy())
 
     @torch.inference_mode()
-    def pixels(self, latents: NDArray[np.float32], picture: Picture, colour_correction: float) -> Tensor:
+    def pixels(
+        self, latents: NDArray[np.float32], picture: Picture, colour_correction: float, *, parity: bool
+    ) -> Tensor:
         """The same as [3, frames, H, W] in -1..1."""
         frames = decode_window(self._vae, torch.from_numpy(np.array(latents)).to(self._device))
-        return match_colour(frames, as_frame(picture).to(frames.device), colour_correction)
+        reference = as_frame(picture).to(frames.device)
+        return match_colour(frames, reference, colour_correction, parity=parity)
 
 
 def as_frame(picture: Picture) -> Tensor:

@@ -66,7 +66,8 @@ class WindowDenoiser:
         if config.mode == "parity" or window + 1 < num_windows(int(audio["num_frames"]), config):
             picture = as_frame(reference["picture"]).to(self._device)
             frames = decode_window(self._vae, latents)
-            frames = match_colour(frames, picture, config.colour_correction)
+            parity = config.mode == "parity"
+            frames = match_colour(frames, picture, config.colour_correction, parity=parity)
             tensors["motion_frames"] = _array(frames[:, -config.motion_frames :])
             if config.mode == "parity":
                 tensors["generator_state"] = generator.get_state().numpy()

@@ -100,7 +100,7 @@ def color_match(golden: Golden) -> Values:
     reference = inputs["reference"][0, :, 0]
 
     def matched(name: str, strength: float) -> Tensor:
-        return match_colour(inputs[name][0], reference, strength)[None]
+        return match_colour(inputs[name][0], reference, strength, parity=True)[None]
 
     return {
         "out.strength1": matched("source", 1.0),

@@ -176,7 +176,7 @@ def config_of(settings: Mapping[str, Any]) -> DenoiseConfig:
 
 
 def reference_of(golden: Golden) -> dict[str, Any]:
-    """The picture and the masks as the reference stage stores them. Boxes were recorded as rows and columns."""
+    """Picture and masks as the reference stage stores them. Boxes were recorded as rows and columns."""
     picture, settings = golden.inputs["image_uint8"].numpy(), golden.settings
     height, width = picture.shape[:2]
     buckets = {float(ratio): tuple(size) for ratio, (size, _) in settings["buckets"].items()}
@@ -234,7 +234,7 @@ class Run:
                 tensors = self.denoiser.denoise(
                     *conditions, seed, self.config, lambda *_: None, window, previous
                 )
-            latents = torch.from_numpy(tensors["latents"])
+            latents = tensors["latents"]
             values = {
                 "clip_in": torch.as_tensor(begin)[None, :, -1:],
                 "clip_fea": inputs.clip_features,
@@ -242,8 +242,8 @@ class Run:
                 "y": inputs.condition,
                 "audio_windows": inputs.audio,
                 "ref_target_masks": inputs.speaker_masks,
-                "final_latent": latents,
-                "vae_decode_out": decoder.pixels(tensors["latents"], self.reference["picture"], 0.0),
+                "final_latent": torch.from_numpy(latents),
+                "vae_decode_out": decoder.pixels(latents, self.reference["picture"], 0.0, parity=True),
                 **self._steps(calls, first),
                 **noise_of(draws.drawn),
             }
@@ -278,7 +278,7 @@ def whole_run(golden: Golden) -> Values:
         values |= recorded
         computed += ran
         decoded = recorded[f"clip{number}.vae_decode_out"]
-        pixels = match_colour(decoded, picture, run.config.colour_correction)
+        pixels = match_colour(decoded, picture, run.config.colour_correction, parity=True)
         frames.append(pixels if number == 0 else pixels[:, run.config.motion_frames :])
     length = num_video_frames(run.speech.shape[1], run.config)
     video = torch.cat(frames, dim=1)[:, :length]

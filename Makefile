@@ -34,7 +34,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing everything that the tests need into $(VENV) ..."
-	@$(INSTALL) -e '.[preview,hunyuan,ditto,s3,dev]'
+	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,s3,dev]'
 	@touch $(VENV)/.demo $@
 
 # An environment without pip is one whose creation was cut short: it is made again.

@@ -191,7 +191,7 @@ def random_plain_transformer(
 
 
 def filled(model: Any, device: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """The model, which is on the meta device, with random weights."""
+    """The model, whose parameters are on the meta device, with random ones."""
     generator = torch.Generator(device).manual_seed(0)
     state = {
         name: _random_parameter(name, tensor.shape, generator).to(dtypes[name])

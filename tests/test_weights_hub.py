@@ -15,8 +15,9 @@ import pytest
 from avatar_core import weights
 from avatar_core.errors import WeightsError
 from avatar_core.weights import Entry, Part
+from avatar_core.weights.registry import Repository
 
-REPOSITORY = "someone/toy"
+REPOSITORY, OTHER = "someone/toy", "other/words"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 LARGE = bytes(range(256)) * 4000
 
@@ -71,14 +72,15 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         asked = self.headers.get("Range")
         self.hub.requests.append((self.command, path, asked, self.headers.get("Authorization")))
-        prefix = f"/{REPOSITORY}/resolve/{REVISION}/"
+        repository = OTHER if OTHER in path else REPOSITORY  # both have the same files
+        prefix = f"/{repository}/resolve/{REVISION}/"
         if path in (
-            f"/api/models/{REPOSITORY}/revision/main",
-            f"/api/models/{REPOSITORY}/revision/{REVISION}",
+            f"/api/models/{repository}/revision/main",
+            f"/api/models/{repository}/revision/{REVISION}",
         ):
             siblings = [{"rfilename": name, **describe(self.hub, name)} for name in self.hub.files]
-            self.send_json({"id": REPOSITORY, "sha": REVISION, "siblings": siblings})
-        elif path == f"/api/models/{REPOSITORY}/tree/{REVISION}":
+            self.send_json({"id": repository, "sha": REVISION, "siblings": siblings})
+        elif path == f"/api/models/{repository}/tree/{REVISION}":
             entries = [{"type": "file", "path": name, **describe(self.hub, name)} for name in self.hub.files]
             self.send_json(entries)
         elif path.startswith(prefix) and path.removeprefix(prefix) in self.hub.files:
@@ -202,6 +204,40 @@ def test_fetch_brings_the_wanted_files_and_notes_revision_and_hashes(hub: Hub, h
     assert weights.verify("toy") == []
     assert REVISION in weights.provenance("toy")
     assert weights.locate("toy/words") == home / "ckpts/words"
+
+
+def test_an_entry_may_come_from_several_repositories(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Entry(
+        "A toy",
+        "huggingface",
+        REPOSITORY,
+        "main",
+        "MIT",
+        parts={
+            "net": Part("", ("toy/ckpts/net/*.pt", "words/ckpts/words/model.safetensors")),
+            "words": Part("words/ckpts/words", ("*.json",)),
+            "half": Part("toy/ckpts/half", ("model.pt",), on_request=True),
+        },
+        repositories={"toy": Repository(REPOSITORY, "main"), "words": Repository(OTHER, "main")},
+    )
+    monkeypatch.setattr(weights, "load_registry", lambda: {"toy": entry})
+    assert weights.fetch("toy/net", silent) == home
+    assert sorted(hub.downloads) == ["ckpts/net/model.pt", "ckpts/words/model.safetensors"]
+    assert not weights.present("toy")
+    hub.requests.clear()
+    weights.fetch("toy", silent)
+    assert hub.downloads == ["ckpts/words/config.json"] * len(hub.downloads)
+    assert (home / "toy/ckpts/net/model.pt").read_bytes() == LARGE
+    assert weights.locate("toy/words") == home / "words/ckpts/words"
+    assert weights.verify("toy") == []
+    assert f"{REPOSITORY}, revision {REVISION}; {OTHER}, revision {REVISION}" in weights.provenance("toy")
+    alter(home / "words/ckpts/words/model.safetensors")
+    with pytest.raises(WeightsError, match="is not the registered file"):
+        weights.fingerprint("toy/net")
+    weights.fetch("toy", silent)
+    assert weights.verify("toy") == []
 
 
 def test_second_fetch_asks_nobody(hub: Hub, home: Path) -> None:

@@ -20,6 +20,7 @@ Tensors = Mapping[str, NDArray[Any]]
 BACKENDS = {
     "preview": "avatar_core.backends.preview.backend:PreviewBackend",
     "hunyuan": "avatar_core.backends.hunyuan.backend:HunyuanBackend",
+    "multitalk": "avatar_core.backends.multitalk.backend:MultiTalkBackend",
     "ditto": "avatar_core.backends.ditto.backend:DittoBackend",
 }
 
@@ -40,6 +41,11 @@ class Backend(Protocol):
 
     A backend that renders from footage too has `takes_video = True` and `encode_video`; for others a row with
     a video is an error.
+
+    A backend that must know where in the picture a speaker is, and not just the face, has `encode_scene(
+    models, picture, faces, boxes, speakers, config)` in place of `encode_picture`: `picture` as it was given,
+    upright; `boxes` of the row in its pixels, which alone decide where there are any; else the speakers'
+    `faces`.
 
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.

@@ -16,6 +16,9 @@ from avatar_core.media.image import ImageLimits
 from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.face import faces_from_tensors, load_upright
 
+NO_LIMITS = ImageLimits(max_pixels=sys.maxsize, min_side=2)
+"""Ingest and face have checked the picture."""
+
 
 @dataclass(frozen=True)
 class ReferenceStageConfig:
@@ -39,7 +42,10 @@ class ReferenceStage(BackendStage):
     ) -> Output:
         found = item.inputs["face"][0]
         faces = faces_from_tensors(found.tensors)
-        if config.required or len(faces) >= config.speakers:
+        encode_scene = getattr(self.backend, "encode_scene", None)
+        if encode_scene and config.boxes:
+            faces = []
+        elif config.required or len(faces) >= config.speakers:
             faces = choose(
                 faces, config.rule, config.boxes or None, config.speakers, min_face=config.min_face
             )
@@ -49,6 +55,9 @@ class ReferenceStage(BackendStage):
         if "video" in item.assets:
             with open_fitted(self.backend, item, config.max_side, config.backend) as footage:
                 tensors = self.backend.encode_video(models, footage, scaled, config.backend)
+        elif encode_scene:
+            source = load_upright(item, NO_LIMITS)
+            tensors = encode_scene(models, source, faces, config.boxes, config.speakers, config.backend)
         else:
             tensors = self.backend.encode_picture(models, picture, scaled, config.backend)
         return Output({"faces": len(faces), "width": width, "height": height}, tensors)
@@ -57,10 +66,8 @@ class ReferenceStage(BackendStage):
 def load_fitted(
     backend: Backend, item: Item, max_side: int, config: Any
 ) -> tuple[Picture, tuple[float, float]]:
-    """The upright picture (of footage the first) at the size of the video, and its scale across and down.
-    Ingest and face have checked it: no limits here."""
-    picture = load_upright(item, ImageLimits(max_pixels=sys.maxsize, min_side=2))
-    return backend.fit_picture(picture, max_side, config)
+    """The upright picture (of footage the first) at the size of the video, and its scale across and down."""
+    return backend.fit_picture(load_upright(item, NO_LIMITS), max_side, config)
 
 
 def open_fitted(backend: Backend, item: Item, max_side: int, config: Any) -> Footage:

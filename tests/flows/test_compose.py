@@ -32,7 +32,14 @@ def test_what_the_file_shows_are_the_defaults() -> None:
         assert getattr(config, name) == getattr(default, name), name
 
 
-GO_TOGETHER = {"backend/hunyuan.yaml": ["preset=tiny"], "preset/tiny.yaml": ["backend=hunyuan"]}
+MULTITALK = ["backend=multitalk", "backend.checkpoint=multitalk-tiny"]
+GO_TOGETHER = {
+    "backend/hunyuan.yaml": ["preset=tiny"],
+    "backend/multitalk.yaml": ["preset=tiny"],
+    "preset/tiny.yaml": ["backend=hunyuan"],
+    "preset/fusionx.yaml": MULTITALK,
+    "preset/lightx2v.yaml": MULTITALK,
+}
 """Without these, one would need the official weights and the other a backend that has weights."""
 
 

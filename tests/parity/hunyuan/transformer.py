@@ -1,8 +1,7 @@
 """The transformer on random weights: whole steps, what each module gives in between, and parts alone."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from avatar_core.backends.hunyuan.transformer import (
 )
 from avatar_core.checkpoint import Rename, load_strict, rename
 from tests.parity.golden import Compare, Golden, Values
+from tests.parity.recording import outputs_of
 
 MODULES = {
     "time_in": "time_text_embed.timestep_embedder",
@@ -64,30 +64,6 @@ def conditions_of(inputs: Mapping[str, Tensor], pooled: Tensor) -> Conditions:
         motion_pose=inputs["motion_pose"],
         fps=inputs["fps"],
     )
-
-
-@contextmanager
-def outputs_of(model: nn.Module) -> Iterator[dict[str, list[Any]]]:
-    """What each module returns within, call by call; copies, for blocks that are written to later."""
-    calls: dict[str, list[Any]] = defaultdict(list)
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            calls[name].append(tuple(part.clone() for part in parts if isinstance(part, Tensor)))
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in model.named_modules()
-        if name and not isinstance(module, nn.ModuleList)
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def valid_text(mask: Tensor) -> Tensor:

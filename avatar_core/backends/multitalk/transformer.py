@@ -1,0 +1,218 @@
+"""The transformer of MultiTalk: Wan's image-to-video model with attention to speech in every block."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformerBlock,
+)
+from torch import Tensor, nn
+
+from avatar_core.backends.multitalk.audio_layers import (
+    AudioCrossAttention,
+    AudioProjection,
+    join_speakers,
+)
+from avatar_core.backends.multitalk.lrope import attention_map
+
+PATCH = (1, 2, 2)
+Rotary = tuple[Tensor, Tensor]
+
+FLOAT32_MODULES = (
+    "condition_embedder.time_embedder.",
+    "condition_embedder.time_proj.",
+    "proj_out.",
+    "scale_shift_table",
+)
+"""What computes in float32, if with numbers that were rounded to the model's dtype."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes under the names of the official `config.json`, and those that it does not name."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_dim: int = 36
+    out_dim: int = 16
+    num_heads: int = 40
+    num_layers: int = 40
+    eps: float = 1e-6
+    clip_dim: int = 1280
+    audio_window: int = 5
+    audio_blocks: int = 12
+    audio_channels: int = 768
+    intermediate_dim: int = 512
+    output_dim: int = 768
+    context_tokens: int = 32
+
+    @classmethod
+    def from_official(cls, values: Mapping[str, Any]) -> "TransformerConfig":
+        """Raises `TypeError` for an unknown name."""
+        return cls(**{n: v for n, v in values.items() if not n.startswith("_") and n != "model_type"})
+
+    def to_official(self) -> dict[str, Any]:
+        return {"model_type": "i2v", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What stays the same during the steps of a window: `context` [1, 257 + 512, dim], the sound as tokens
+    [T, persons * tokens, width] and, where two speak, masks [3, S] of the first frame's tokens."""
+
+    context: Tensor
+    audio: Tensor
+    token_masks: Tensor | None
+
+
+RunBlocks = Callable[[Tensor], Tensor]
+Cache = Callable[[Tensor, Tensor, RunBlocks], Tensor]
+"""`cache(time, tokens, run)` gives what `run(tokens)` would give, or something near it."""
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a model that computes in `dtype`."""
+    return torch.float32 if any(part in name for part in FLOAT32_MODULES) else dtype
+
+
+class MultiTalkBlock(WanTransformerBlock):
+    """Wan's block with `audio_cross_attn` before its feed-forward part."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(
+            config.dim,
+            config.ffn_dim,
+            config.num_heads,
+            cross_attn_norm=True,
+            eps=config.eps,
+            added_kv_proj_dim=config.dim,
+        )
+        self.norm_x = FP32LayerNorm(config.dim, config.eps)
+        self.audio_cross_attn = AudioCrossAttention(config.dim, config.num_heads, config.output_dim)
+
+    def forward(  # type: ignore[override]  # other conditions
+        self, hidden_states: Tensor, time: Tensor, conditions: Conditions, rotary: Rotary
+    ) -> Tensor:
+        """`time` [1, 6, dim]; float32, as is all that scales and shifts."""
+        modulation = (self.scale_shift_table + time).chunk(6, dim=1)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+        normed = (self.norm1(hidden_states).float() * (1 + scale) + shift).type_as(hidden_states)
+        attended, seen = _self_attention(self.attn1, normed, rotary, conditions.token_masks)
+        hidden_states = (hidden_states.float() + attended * gate).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), conditions.context)
+        hidden_states = hidden_states + self.audio_cross_attn(
+            self.norm_x(hidden_states), conditions.audio, seen
+        )
+        normed = (self.norm3(hidden_states).float() * (1 + ff_scale) + ff_shift).type_as(hidden_states)
+        return (hidden_states.float() + self.ffn(normed) * ff_gate).type_as(hidden_states)
+
+
+def _self_attention(
+    attn: WanAttention, hidden_states: Tensor, rotary: Rotary, token_masks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Also how much each token looks at each speaker, where there are two."""
+    query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+    query, key = (rotated(states.unflatten(2, (attn.heads, -1)), rotary) for states in (query, key))
+    value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+    seen = None if token_masks is None else attention_map(query, key, token_masks)
+    return attn.to_out[0](dispatch_attention_fn(query, key, value).flatten(2)), seen
+
+
+def rotated(states: Tensor, rotary: Rotary) -> Tensor:
+    cos, sin = (each[..., 0::2] for each in rotary)
+    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).type_as(states)
+
+
+class MultiTalkTransformer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.rope = WanRotaryPosEmbed(dim // config.num_heads, PATCH, 1024)
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=PATCH, stride=PATCH)
+        self.condition_embedder = WanTimeTextImageEmbedding(
+            dim, config.freq_dim, 6 * dim, config.text_dim, config.clip_dim
+        )
+        self.audio_proj = AudioProjection(
+            config.audio_window,
+            config.audio_blocks,
+            config.audio_channels,
+            config.intermediate_dim,
+            config.output_dim,
+            config.context_tokens,
+        )
+        self.blocks = nn.ModuleList(MultiTalkBlock(config) for _ in range(config.num_layers))
+        self.norm_out = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, config.out_dim * PATCH[1] * PATCH[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def prepare(
+        self, prompt_embeds: Tensor, clip_features: Tensor, audio: Tensor, speaker_masks: Tensor
+    ) -> Conditions:
+        """`prompt_embeds` [n, text_dim] of the valid tokens, `clip_features` [1, 257, clip_dim], `audio`
+        [persons, F, window, layers, channels], `speaker_masks` [3, h, w]."""
+        missing = self.config.text_len - prompt_embeds.shape[0]
+        text = nn.functional.pad(prompt_embeds.to(self.dtype), (0, 0, 0, missing))[None]
+        embedder: Any = self.condition_embedder
+        image = embedder.image_embedder(clip_features.to(self.dtype))
+        context = torch.cat([image, embedder.text_embedder(text)], dim=1)
+        speech = join_speakers(self.audio_proj(audio.to(self.dtype)))
+        return Conditions(context, speech, token_masks(speaker_masks) if len(audio) > 1 else None)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, cache: Cache | None = None
+    ) -> Tensor:
+        """Velocity [1, out_dim, T, h, w] in float32 of `latents` [1, in_dim, T, h, w], noise first; time
+        [1] in 0..1000."""
+        rotary = self.rope(latents)
+        tokens = self.patch_embedding(latents.to(self.dtype))
+        grid = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()
+        time, modulation = self.time(timestep)
+
+        def run(hidden_states: Tensor) -> Tensor:
+            for block in self.blocks:
+                hidden_states = block(hidden_states, modulation, conditions, rotary)
+            return hidden_states
+
+        tokens = cache(modulation, tokens, run) if cache else run(tokens)
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)
+        output = self.proj_out(self.norm_out(tokens).float() * (1 + scale) + shift)
+        patches = output.unflatten(1, grid).unflatten(-1, (*PATCH, -1))
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, dim] and [1, 6, dim], in float32."""
+        embedder = self.condition_embedder
+        time = embedder.time_embedder(time_sinusoid(timestep, self.config.freq_dim))
+        return time, embedder.time_proj(nn.functional.silu(time)).unflatten(1, (6, -1))
+
+
+def time_sinusoid(timestep: Tensor, size: int) -> Tensor:
+    """[1, size] of [1]. The position is in float64, not rounded as in diffusers."""
+    half = size // 2
+    steps = torch.arange(half, device=timestep.device, dtype=torch.float64)
+    angles = timestep.double()[:, None] * 10000.0 ** (-steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def token_masks(speaker_masks: Tensor) -> Tensor:
+    """[3, S] of masks [3, h, w]: the upper left latent of every token."""
+    return (speaker_masks[:, :: PATCH[1], :: PATCH[2]] > 0).flatten(1).float()

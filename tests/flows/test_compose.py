@@ -32,7 +32,11 @@ def test_what_the_file_shows_are_the_defaults() -> None:
         assert getattr(config, name) == getattr(default, name), name
 
 
-GO_TOGETHER = {"backend/hunyuan.yaml": ["preset=tiny"], "preset/tiny.yaml": ["backend=hunyuan"]}
+GO_TOGETHER = {
+    "backend/ditto.yaml": ["preset=tiny"],
+    "backend/hunyuan.yaml": ["preset=tiny"],
+    "preset/tiny.yaml": ["backend=hunyuan"],
+}
 """Without these, one would need the official weights and the other a backend that has weights."""
 
 

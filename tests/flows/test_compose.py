@@ -34,6 +34,7 @@ def test_what_the_file_shows_are_the_defaults() -> None:
 
 MULTITALK = ["backend=multitalk", "backend.checkpoint=multitalk-tiny"]
 GO_TOGETHER = {
+    "backend/ditto.yaml": ["preset=tiny"],
     "backend/hunyuan.yaml": ["preset=tiny"],
     "backend/multitalk.yaml": ["preset=tiny"],
     "preset/tiny.yaml": ["backend=hunyuan"],

@@ -42,6 +42,7 @@ WARP_RESULTS = {"out": "feature", "mask": "mask", "deformation": "deformation", 
 TAGGED = re.compile(r"'(\w+/\w+)'(?:, shape)? \(([\d,]+)\)")
 SLICED = re.compile(r"(\w+) (?:=|uses) [^\[\];]*(\[[^\]]*\])")
 STEP = re.compile(r"(uncond|x_start|conditional|pred_noise)_t(\d+)")
+TIME_PROBE = re.compile(r"probe_time_(sinusoid|mlp)_t(\d+)")
 RUN = re.compile(r"(tiny|full)(\d+)")
 
 
@@ -173,17 +174,18 @@ def lmdm_step(golden: Golden) -> Values:
 
 def probes(golden: Golden, model: MotionDecoder, cond: Tensor) -> dict[str, Tensor]:
     alphas = alphas_cumprod()
-    time = torch.tensor([499])
-    sinusoid = model.time_mlp[0](time)
-    return {
+    values = {
         "alphas_cumprod": alphas,
         "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
         "sqrt_recip1m_alphas_cumprod": (1 / (1 - alphas)).sqrt(),
         "probe_rotary_out": model.rotary(golden.inputs["probe_rotary_in"]),
-        "probe_time_sinusoid_t499": sinusoid,
-        "probe_time_mlp_t499": model.time_mlp(time),
         "probe_cond_encoder_out": model.conditional(cond).tokens,
     }
+    for name in golden.results:
+        if found := TIME_PROBE.fullmatch(name):
+            module = {"sinusoid": model.time_mlp[0], "mlp": model.time_mlp}[found[1]]
+            values[name] = module(torch.tensor([int(found[2])]))
+    return values
 
 
 @torch.inference_mode()

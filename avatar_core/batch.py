@@ -1,11 +1,11 @@
-"""A configuration becomes a batch: its rows, what they name taken into the store, and its clips."""
+"""A configuration becomes a batch: its rows, what they name or say taken into the store, and its clips."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,14 +13,17 @@ from avatar_core.backends.base import Backend, create_backend
 from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
+from avatar_core.media.documents import SILENCE
+from avatar_core.media.row_sources import Speech, speeches_of
 from avatar_core.media.source import stat_source
-from avatar_core.media.table import TableRows, parse_rows, read_table, resolve_uri
+from avatar_core.media.table import PATHS, TableRows, parse_rows, read_table, resolve_uri
 from avatar_core.plan import StagePlan, make_plan, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, ItemSpec, Stage
-from avatar_core.stages.ingest import IngestStage, ingest_config, source_policy
+from avatar_core.stages.ingest import IngestStage, Kind, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages
+from avatar_core.stages.speech import SpeechStage, prepare, speech_item
 from avatar_core.store.catalog import OK, drop, load_catalog
 from avatar_core.store.keys import config_values, digest, item_key, new_id
 from avatar_core.store.results import StageResults
@@ -28,8 +31,8 @@ from avatar_core.store.sharing import share_work
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import stretches
 
-INGEST_SECONDS = 0.05
-"""Guess per file: only sizes shards."""
+INGEST_SECONDS, SPEECH_SECONDS = 0.05, 5.0
+"""Guesses per file and text: only size shards."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ def open_batch(
     storage = open_storage(config)
     stages = create_stages(backend)
     results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
-    sources = ingest(storage, rows, config, results["ingest"], observer, cancelled)
+    sources = take_in(storage, rows, config, results["ingest"], observer, cancelled)
     clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
     batch = Batch(config, batch_name(config), storage, backend, stages, clips, results)
     _drop_lost_videos(batch)
@@ -76,7 +79,7 @@ def open_batch(
 def take_in_again(batch: Batch, observer: Observer, cancelled: Callable[[], bool]) -> None:
     """Ingest what is missing of the batch once more; the clips follow from what the sources hold now."""
     rows = batch.clips.rows
-    sources = ingest(batch.storage, rows, batch.config, batch.results["ingest"], observer, cancelled)
+    sources = take_in(batch.storage, rows, batch.config, batch.results["ingest"], observer, cancelled)
     builder = ClipBuilder(batch.config, batch.backend, batch.stages, sources)
     batch.clips = Clips(builder, rows, batch.clips.names)
 
@@ -114,7 +117,7 @@ def located(config: Config) -> Config:
 
 
 def _located(name: str, value: Any, here: str) -> Any:
-    is_path = name in ("image", "audio", "audio_2") and isinstance(value, str | os.PathLike) and value
+    is_path = name in PATHS and isinstance(value, str | os.PathLike) and value
     return resolve_uri(os.fspath(value), here) if is_path else value
 
 
@@ -145,6 +148,23 @@ def select(rows: TableRows, names: list[str], config: Config) -> tuple[TableRows
     return rows.chosen(chosen), [names[i] for i in chosen]
 
 
+def take_in(
+    storage: Storage,
+    rows: TableRows,
+    config: Config,
+    results: StageResults,
+    observer: Observer,
+    cancelled: Callable[[], bool],
+) -> dict[str, Source]:
+    """All that the clips of the rows stand on, by the name of its source: what the table points to, and its
+    texts as recordings. Raises `ConfigError` or `WeightsError` first of all, where nobody can speak."""
+    texts = speeches_of(rows)
+    if texts:
+        prepare(config, sorted({voice for voices in texts.values() for voice in voices[1]}))
+    sources = ingest(storage, rows, config, results, observer, cancelled)
+    return sources | speak(storage, texts, config, results, observer, cancelled)
+
+
 def ingest(
     storage: Storage,
     rows: TableRows,
@@ -153,12 +173,12 @@ def ingest(
     observer: Observer,
     cancelled: Callable[[], bool],
 ) -> dict[str, Source]:
-    """Every picture and recording of the rows, by `<column>:<uri>`, taken into the store once."""
-    kinds: dict[str, tuple[Literal["image", "audio"], str]] = {}
-    for image, audio, audio_2, error in rows.columns("image", "audio", "audio_2", "error"):
+    """Every picture, video and recording of the rows, by `<column>:<uri>`, taken into the store once."""
+    kinds: dict[str, tuple[Kind, str]] = {}
+    for image, video, audio, audio_2, error in rows.columns("image", "video", "audio", "audio_2", "error"):
         if not error:
-            kinds[f"image:{image}"] = ("image", image)
-            kinds |= {f"audio:{uri}": ("audio", uri) for uri in (audio, audio_2) if uri}
+            kinds |= {f"image:{image}": ("image", image)} if image else {f"video:{video}": ("video", video)}
+            kinds |= {f"audio:{uri}": _recording(uri) for uri in (audio, audio_2) if uri}
     sources: dict[str, Source] = {}
     specs: dict[str, ItemSpec] = {}
     for name, (kind, uri) in kinds.items():
@@ -169,15 +189,56 @@ def ingest(
     # A failed ingest may pass when the file was mended in place, so only successes are reused.
     missing = {spec.key: spec for spec in specs.values() if not results.has(spec.key)}
     observer.stage_started("ingest", items=len(kinds), cached=len(specs) - len(missing), to_do=len(missing))
-    stage = IngestStage()
-    record = recorder(stage.name, results, observer)
-    pieces = shards(list(missing.values()), INGEST_SECONDS, config.runtime.shard_seconds)
+    _run_missing(
+        storage, IngestStage(), "ingest", missing, INGEST_SECONDS, config, results, observer, cancelled
+    )
+    return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
+
+
+def speak(
+    storage: Storage,
+    texts: Mapping[str, Speech],
+    config: Config,
+    results: StageResults,
+    observer: Observer,
+    cancelled: Callable[[], bool],
+) -> dict[str, Source]:
+    """Every text of the rows as recordings, by the name of their source: said once for all rows."""
+    sources: dict[str, Source] = {}
+    specs: dict[str, ItemSpec] = {}
+    for name, speech in texts.items():
+        try:
+            specs[name] = speech_item(*speech, config)
+        except InputError as error:
+            sources[name] = Source(error=f"column 'voice': {error}")
+    missing = {spec.key: spec for spec in specs.values() if not results.has(spec.key)}
+    if texts:
+        cached = len(specs) - len(missing)
+        observer.stage_started("speech", items=len(texts), cached=cached, to_do=len(missing))
+    _run_missing(
+        storage, SpeechStage(), "speech", missing, SPEECH_SECONDS, config, results, observer, cancelled
+    )
+    return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
+
+
+def _run_missing(
+    storage: Storage,
+    stage: Stage,
+    shown_as: str,
+    missing: Mapping[str, ItemSpec],
+    item_seconds: float,
+    config: Config,
+    results: StageResults,
+    observer: Observer,
+    cancelled: Callable[[], bool],
+) -> None:
+    record = recorder(shown_as, results, observer)
+    pieces = shards(list(missing.values()), item_seconds, config.runtime.shard_seconds)
 
     def run(shard: Sequence[ItemSpec]) -> None:
         run_shard(storage, stage, shard, {}, cancelled=cancelled, on_row=record)
 
     share_work(storage, results.catalog, pieces, run, on_row=record, cancelled=cancelled)
-    return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
 
 
 def recorder(stage: str, results: StageResults, observer: Observer) -> Callable[[dict[str, Any]], None]:
@@ -188,7 +249,11 @@ def recorder(stage: str, results: StageResults, observer: Observer) -> Callable[
     return record
 
 
-def _ingest_item(kind: Literal["image", "audio"], uri: str, config: Config) -> ItemSpec:
+def _recording(uri: str) -> tuple[Kind, str]:
+    return ("silence", uri.removeprefix(SILENCE)) if uri.startswith(SILENCE) else ("audio", uri)
+
+
+def _ingest_item(kind: Kind, uri: str, config: Config) -> ItemSpec:
     settings = ingest_config(kind, config)
     stat = stat_source(uri, source_policy(settings))
     # A server that tells no version may serve another file next time: such a source is read every time.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,11 @@ from avatar_core import weights
 from avatar_core.backends.base import Backend, WindowedBackend
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
+from avatar_core.media.row_sources import combination_of, picture_of, recordings_of
 from avatar_core.media.speakers import combined_duration_s
 from avatar_core.media.table import TableRow, TableRows
 from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
-from avatar_core.stages.audio import AudioStageConfig, Segment
+from avatar_core.stages.audio import AudioStageConfig, Combination, Segment
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.decode import DecodeStageConfig
 from avatar_core.stages.denoise import DenoiseStageConfig
@@ -45,6 +46,7 @@ from avatar_core.store.keys import (
 )
 
 MAX_NAME_BYTES = 120
+TEXT_CHARS = 40  # of a text to be said, in the name of its clip
 RECENT = 4096  # items kept for the rows that follow
 STAGES = ("face", "audio", "text", "reference", "denoise", "decode")
 """Stages after ingest, in the order in which they run; a backend may leave `text` out."""
@@ -55,7 +57,7 @@ _NO_KEY = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture or recording after ingest: an asset with its header's figures, or the reason against it."""
+    """A picture, video or recording after ingest: an asset with its header's figures, or why it is none."""
 
     asset: Asset | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -264,8 +266,8 @@ def _chained(entries: StageItems, windows: NDArray[np.intc]) -> StageItems:
 
 
 class ClipBuilder:
-    """Builds the clips of a batch. `sources` maps `<column>:<uri>` of each picture and recording, as the
-    table names it, to what ingest made of it.
+    """Builds the clips of a batch. `sources` maps `<column>:<uri>` of each picture, video and recording,
+    as the table names it, to what ingest made of it.
 
     Building is pure, and quick enough to be done again whenever a clip is looked at.
     """
@@ -299,10 +301,16 @@ class ClipBuilder:
             return [Clip(row, name, error=str(error))]
 
     def _takes(self, row: TableRow, name: str) -> Iterator[Clip]:
-        if len(_recordings(row)) > self.backend.max_speakers:
+        if row.video and not getattr(self.backend, "takes_video", False):
             raise InputError(
-                f"column `audio_2`: backend {self.backend.name} renders {self.backend.max_speakers} speaker; "
-                "leave it empty or choose a backend for several"
+                f"column `video`: backend {self.backend.name} renders from pictures only; give `image`, or "
+                "choose a backend that takes footage"
+            )
+        if len(recordings_of(row)) > self.backend.max_speakers:
+            column = "voice_2" if row.voice_2 else "audio_2"
+            raise InputError(
+                f"column `{column}`: backend {self.backend.name} renders {self.backend.max_speakers} "
+                "speaker; leave it empty or choose a backend for several"
             )
         segments = self._segments(row)
         seed = row.seed if row.seed is not None else derive_seed(self.config.seed, self._content(row))
@@ -318,14 +326,14 @@ class ClipBuilder:
         self, row: TableRow, segment: Segment, seed: int
     ) -> tuple[dict[str, ItemSpec], tuple[ItemSpec, ...]]:
         params = canonical_json(dict(row.params)) if row.params else "{}"
-        recordings = _recordings(row)
+        picture, recordings = picture_of(row), recordings_of(row)
         fps = row.fps or self.config.video.fps
-        face = self._face(row.image)
+        face = self._face(picture)
         audio = self._audio(recordings, segment, fps, params)
-        reference = self._reference(row.image, len(recordings), row.bbox or (), params)
+        reference = self._reference(picture, len(recordings), row.bbox or (), params)
         conditions = {"audio": (audio,), "reference": (reference,)}
         if "text" in self.stages:
-            conditions["text"] = (self._text(row.image, row.prompt or "", row.negative_prompt, params),)
+            conditions["text"] = (self._text(picture, row.prompt or "", row.negative_prompt, params),)
 
         settings = self._settings(params)
         denoise_config = DenoiseStageConfig(fps, settings.get("denoise"), seed)
@@ -357,26 +365,26 @@ class ClipBuilder:
             windows.append(item)
         return tuple(windows)
 
-    def _face_item(self, image: str) -> ItemSpec:
+    def _face_item(self, picture: str) -> ItemSpec:
         limits = self.config.input
         config = FaceStageConfig(self.config.face.min_face, limits.max_pixels, limits.min_side)
-        return self._item("face", config, assets={"image": (self._asset(image, "image"),)})
+        return self._item("face", config, assets=self._pictures(picture))
 
     def _audio_item(self, recordings: tuple[str, ...], segment: Segment, fps: float, params: str) -> ItemSpec:
         settings = self._settings(params).get("audio")
         config = AudioStageConfig(segment, fps, self.config.audio.silence_db, settings)
-        assets = {"audio": tuple(self._asset(uri, "audio") for uri in recordings)}
+        assets = {"audio": tuple(map(self._asset, recordings))}
         return self._item("audio", config, assets=assets, work=segment.duration_s)
 
-    def _text_item(self, image: str, prompt: str, negative_prompt: str | None, params: str) -> ItemSpec:
+    def _text_item(self, picture: str, prompt: str, negative_prompt: str | None, params: str) -> ItemSpec:
         settings = self._settings(params).get("text")
         if not self.backend.text_sees_picture:
             return self._item("text", TextStageConfig(prompt, negative_prompt, backend=settings))
         config = TextStageConfig(prompt, negative_prompt, self.config.video.max_side, settings)
-        return self._item("text", config, assets={"image": (self._asset(image, "image"),)})
+        return self._item("text", config, assets=self._pictures(picture))
 
     def _reference_item(
-        self, image: str, speakers: int, boxes: tuple[tuple[float, ...], ...], params: str
+        self, picture: str, speakers: int, boxes: tuple[tuple[float, ...], ...], params: str
     ) -> ItemSpec:
         config = ReferenceStageConfig(
             max_side=self.config.video.max_side,
@@ -387,13 +395,13 @@ class ClipBuilder:
             min_face=self.config.face.min_face,
             backend=self._settings(params).get("reference"),
         )
-        face = self._face(image)
+        face = self._face(picture)
         return self._item("reference", config, {"face": (face,)}, face.assets)
 
     def _decode_config(
         self, recordings: tuple[str, ...], segment: Segment, fps: float, params: str
     ) -> DecodeStageConfig:
-        sample_rate, channels = _sound_format([self._source(uri, "audio") for uri in recordings])
+        sample_rate, channels = _sound_format(list(map(self._source, recordings)))
         video = self.config.video
         return DecodeStageConfig(
             segment=segment,
@@ -430,30 +438,33 @@ class ClipBuilder:
         key = item_key(owner, stage.version, self._digest(config), fingerprint, consumed)
         return ItemSpec(key, config, keys, assets or {}, work)
 
-    def _asset(self, uri: str, column: str) -> Asset:
-        asset = self._source(uri, column).asset
+    def _pictures(self, picture: str) -> dict[str, tuple[Asset, ...]]:
+        return {picture.partition(":")[0]: (self._asset(picture),)}
+
+    def _asset(self, name: str) -> Asset:
+        asset = self._source(name).asset
         assert asset is not None
         return asset
 
-    def _source(self, uri: str, column: str) -> Source:
-        source = self.sources[f"{column}:{uri}"]
+    def _source(self, name: str) -> Source:
+        source = self.sources[name]
         if source.asset is None:
             raise InputError(source.error)
         return source
 
     def _segments(self, row: TableRow) -> tuple[Segment, ...]:
-        self._source(row.image, "image")
+        self._source(picture_of(row))
         fps = row.fps or self.config.video.fps
-        return self._cut(_recordings(row), row.audio_type if row.audio_2 else None, fps)
+        return self._cut(recordings_of(row), cast(Combination, combination_of(row)), fps)
 
     def _cut_segments(self, recordings: tuple[str, ...], combine: Any, fps: float) -> tuple[Segment, ...]:
-        durations = [self._source(uri, "audio").columns["duration_s"] for uri in recordings]
+        durations = [self._source(name).columns["duration_s"] for name in recordings]
         return tuple(cut(combined_duration_s(durations, combine), combine, self.config, fps))
 
     def _content(self, row: TableRow) -> str:
         return row_content(
-            pictures=[self._asset(row.image, "image").sha256],
-            recordings=[self._asset(uri, "audio").sha256 for uri in _recordings(row)],
+            pictures=[self._asset(picture_of(row)).sha256],
+            recordings=[self._asset(name).sha256 for name in recordings_of(row)],
             prompt=row.prompt,
             negative_prompt=row.negative_prompt,
             fps=row.fps or self.config.video.fps,
@@ -526,8 +537,9 @@ def clip_names(rows: TableRows, *, numbered: bool = False) -> tuple[list[str], l
     warnings: list[str] = []
     taken: set[str] = set()
     used: Counter[str] = Counter()  # numbers given to a name so far
-    for index, given, image, audio in rows.columns("index", "name", "image", "audio"):
-        wanted = slug(given) if given else slug(f"{_stem(image)}-{_stem(audio)}")
+    columns = ("index", "name", "image", "video", "audio", "tts_text")
+    for index, given, image, video, audio, text in rows.columns(*columns):
+        wanted = slug(given or f"{_stem(image or video or '')}-{text[:TEXT_CHARS] if text else _stem(audio)}")
         name = wanted
         while not taken.isdisjoint(_claimed(name, numbered)):
             used[wanted.casefold()] += 1
@@ -564,10 +576,6 @@ def _numbered(name: str, take: int, part: int | None) -> str:
 
 def _stem(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2].rpartition(".")[0] or uri.rpartition("/")[2]
-
-
-def _recordings(row: TableRow) -> tuple[str, ...]:
-    return (row.audio, row.audio_2) if row.audio_2 else (row.audio,)
 
 
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:

@@ -45,6 +45,14 @@ class AudioConfig:
 
 
 @dataclass(frozen=True)
+class TtsConfig:
+    """Which weights say the texts of a table; `kokoro-tiny` are random ones."""
+
+    __pydantic_config__ = _STRICT
+    checkpoint: Literal["kokoro", "kokoro-tiny"] = "kokoro"
+
+
+@dataclass(frozen=True)
 class FaceConfig:
     """`rule` picks the speaker where a picture has several faces and the table gives no `bbox`."""
 
@@ -122,6 +130,7 @@ class Config:
     retry_failed: bool = False
     input: InputConfig = InputConfig()
     audio: AudioConfig = AudioConfig()
+    tts: TtsConfig = TtsConfig()
     face: FaceConfig = FaceConfig()
     video: VideoConfig = VideoConfig()
     storage: StorageConfig = field(default_factory=StorageConfig)

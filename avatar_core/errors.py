@@ -54,3 +54,9 @@ def about(subject: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{subject}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its `repr`, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -70,7 +70,7 @@ def render(folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as store:
         row = {"image": str(folder / "scene.png"), "audio": str(folder / "speech.wav")}
         batch = open_batch({"rows": [row], "storage": {"root": store}})
-        spent = {stage: run_stage(batch, stage) for stage in STAGES}
+        spent = {stage: run_stage(batch, stage) for stage in STAGES if stage in batch.stages}
         video = batch.results["decode"].ok(batch.clips[0].items["decode"].key)
         assert video is not None
         batch.storage.copy_out(video["data"], folder / "clip.mp4")

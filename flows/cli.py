@@ -303,7 +303,10 @@ def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], b
     """The work begins at once; Prefect shows it from when it is there."""
     from flows.execution import Execution
 
-    with Execution(batch, run_id, view, stopped) as execution, _prefect_server(execution):
+    with Execution(batch, run_id, view, stopped) as execution, _prefect_server(execution) as missing:
+        if missing:
+            view.warning(f"{missing}; the batch goes on without it")
+            return execution.result()
         from flows.render import flow_parameters, handed_over, render_dataset
 
         try:
@@ -321,8 +324,8 @@ def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], b
 
 
 @contextmanager
-def _prefect_server(execution: "Execution") -> Iterator[None]:
-    """The user's server, that of `avatar up`, or one for this run alone."""
+def _prefect_server(execution: "Execution") -> Iterator[AvatarError | None]:
+    """The user's server, that of `avatar up`, or one for this run alone; gives why that one is missing."""
     from flows.server import server_environment
     from flows.temporary_server import TemporaryServer
     from tasks import set_prefect_defaults
@@ -338,13 +341,18 @@ def _prefect_server(execution: "Execution") -> Iterator[None]:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if url := PREFECT_API_URL.value():
         _check_server(url)
-        yield
+        yield None
         return
     with TemporaryServer() as server:
         import flows.render  # takes as long as the server does
 
-        with temporary_settings({PREFECT_API_URL: server.wait()}):
-            yield
+        try:
+            url = server.wait()
+        except AvatarError as error:
+            yield error
+            return
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield None
             flows.render.send_what_is_left()
 
 

@@ -22,7 +22,7 @@ CORE = (
 )
 OPTIONAL = (
     *("torch", "diffusers", "transformers", "accelerate", "librosa", "numba", "mtcnn", "onnxruntime"),
-    *("prefect", "fastapi", "gradio", "s3fs", "kokoro"),
+    *("prefect", "fastapi", "gradio", "s3fs", "kokoro", "misaki", "en_core_web_sm"),
 )
 
 # Packages that model libraries import when they find them: one that is installed but cannot be imported

@@ -13,6 +13,9 @@ from avatar_core.errors import ConfigError
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify, convert.")
 console = Console()
 
+_SPEECH = "kokoro"
+"""Weights of no backend: what says texts serves all of them."""
+
 
 @weights_app.command("list")
 def weights_list() -> None:
@@ -68,7 +71,7 @@ def weights_convert(
 
 @weights_app.command("tiny")
 def weights_tiny(
-    backend: str,
+    backend: Annotated[str, typer.Argument(help="Or kokoro, which says texts.")],
     folder: Annotated[Path | None, typer.Argument(help="Default: where a run looks for it.")] = None,
 ) -> None:
     """Write random weights in a backend's official file layout, to try everything without the real ones."""
@@ -80,7 +83,7 @@ def weights_tiny(
 
 
 def _backend_module(backend: str, module: str) -> Any:
-    """What only backends with models of their own have."""
+    """What only backends with models of their own have, and kokoro."""
     from avatar_core import weights
     from avatar_core.optional_packages import hide_broken_packages
 
@@ -88,9 +91,14 @@ def _backend_module(backend: str, module: str) -> Any:
     if backend not in known:
         raise ConfigError(f"got backend `{backend}`; backends with such weights: {', '.join(known)}")
     hide_broken_packages()
+    name, extra = f"avatar_core.backends.{backend}.{module}", backend
+    if backend == _SPEECH:
+        if module != "tiny":
+            raise ConfigError(f"weights {backend!r} are used as they are, there is nothing to convert")
+        name, extra = "avatar_core.media.kokoro_tiny", "tts"
     try:
-        return importlib.import_module(f"avatar_core.backends.{backend}.{module}")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{error.name} is not installed; run: pip install 'avatar-dataset[{backend}]'"
+            f"{error.name} is not installed; run: pip install 'avatar-dataset[{extra}]'"
         ) from error

@@ -269,6 +269,20 @@ def test_parts_are_fetched_one_by_one(hub: Hub, home: Path) -> None:
     assert weights.verify("toy/half") == []
 
 
+def test_a_part_may_lie_in_the_repository_itself(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"notes": Part(".", ("README.md", "LICENCE"))}
+    entry = Entry("A toy", "huggingface", REPOSITORY, "main", "MIT", parts=parts)
+    monkeypatch.setattr(weights, "load_registry", lambda: {"toy": entry})
+    with pytest.raises(WeightsError, match=r"'toy/notes': README\.md, LICENCE not found in"):
+        weights.locate("toy/notes")
+    hub.files["LICENCE"] = b"MIT"
+    weights.fetch("toy", silent)
+    assert weights.locate("toy/notes") == home
+    assert sorted(hub.downloads) == ["LICENCE", "README.md"]
+
+
 def test_broken_connection_goes_on_where_it_broke(hub: Hub, home: Path) -> None:
     content = LARGE * 13  # the client keeps whole pieces of 10 MB
     hub.files["ckpts/net/model.pt"], hub.breaks, hub.break_after = content, 1, 11 << 20

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from avatar_core.config import nearest, parse
 from avatar_core.errors import ConfigError
 from avatar_core.media.face import Face
+from avatar_core.media.footage import Footage
 
 Picture = NDArray[np.uint8]
 """RGB, shape (height, width, 3)."""
@@ -41,6 +42,9 @@ class Backend(Protocol):
     models, picture, faces, boxes, speakers, config)` in place of `encode_picture`: `picture` as it was given,
     upright; `boxes` of the row in its pixels, which alone decide where there are any; else the speakers'
     `faces`.
+
+    A backend that renders from footage too has `takes_video = True` and `encode_video`; for others a row with
+    a video is an error.
 
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.
@@ -100,6 +104,12 @@ class Backend(Protocol):
         """What denoise and decode need of the picture; `faces` are the speakers, in order."""
         ...
 
+    def encode_video(self, models: Any, frames: Footage, faces: Sequence[Face], config: Any) -> Tensors:
+        """The same from footage; a backend without `takes_video` has no such method. `frames` are pictures of
+        equal size, each after `fit_picture`, to be read in order or by index; `faces` are those of the
+        first."""
+        ...
+
     def denoise(
         self,
         models: Any,
@@ -115,10 +125,10 @@ class Backend(Protocol):
         ...
 
     def decode(
-        self, models: Any, picture: Picture, conditions: Mapping[str, Tensors], config: Any
+        self, models: Any, picture: Any, conditions: Mapping[str, Tensors], config: Any
     ) -> Iterator[Picture]:
         """Frames of the clip, one by one, so that memory does not grow with its length; those beyond the
-        length of the speech are not asked for."""
+        length of the speech are not asked for. `picture` is a `Footage` where the row has a video."""
         ...
 
 

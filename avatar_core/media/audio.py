@@ -3,7 +3,9 @@
 import math
 import os
 import struct
+import wave
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +284,29 @@ def regroup(blocks: Iterable[Samples], length: int) -> Iterator[Samples]:
             kept, held = [joined[length:]], held - length
     if held:
         yield np.concatenate(kept)
+
+
+def write_silence_like(recording: str | Path, path: Path) -> None:
+    """A mono WAV, exactly as long as the recording."""
+    probe = probe_audio(recording)
+    with _new_wav(path, probe.sample_rate) as file:
+        for start in range(0, probe.samples, probe.sample_rate):
+            file.writeframes(bytes(2 * min(probe.sample_rate, probe.samples - start)))
+
+
+def write_wav(path: Path, samples: Samples, sample_rate: int) -> None:
+    """Mono, 16 bits; what exceeds full scale is cut off."""
+    with _new_wav(path, sample_rate) as file:
+        file.writeframes(np.rint(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+
+
+@contextmanager
+def _new_wav(path: Path, sample_rate: int) -> Iterator[wave.Wave_write]:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        yield file
 
 
 def loudness_db(samples: Samples) -> float:

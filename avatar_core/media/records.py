@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avatar_core.errors import InputError
+from avatar_core.media.documents import columns_of, is_document, other_columns
 
 REQUIRED = ("image", "audio")
 
@@ -38,8 +39,21 @@ class Record:
 
 
 def parse_records(content: bytes, max_bytes: int) -> Iterator[Record]:
-    """The format is told by the content. Raises `InputError` where the whole is no table, which may show
-    only after the first rows."""
+    """The format is told by the content; rows may be MultiTalk's documents. Raises `InputError` where the
+    whole is no table, which may show only after the first rows."""
+    return map(_with_our_columns, _parse(content, max_bytes))
+
+
+def _with_our_columns(record: Record) -> Record:
+    if record.error or not is_document(record.values):
+        return record
+    try:
+        return Record(columns_of(record.values), record.source)
+    except InputError as error:
+        return Record(other_columns(record.values), record.source, f"MultiTalk document: {error}")
+
+
+def _parse(content: bytes, max_bytes: int) -> Iterator[Record]:
     if not content.strip():
         raise InputError(f"is empty; {_FORMATS}")
     if content.startswith(b"PAR1"):
@@ -168,27 +182,6 @@ def _json_record(row: Any) -> Record:
     values = {name.strip(): value for name, value in row.items()}
     try:
         check_columns([name.strip() for name in row])
-        return Record(_from_multitalk(values) if "cond_image" in values else values, row)
     except InputError as error:
         return Record(values, row, f"the row {error}")
-
-
-def _from_multitalk(document: Mapping[str, Any]) -> dict[str, Any]:
-    """MultiTalk's input document names its speakers person1, person2 and gives boxes as
-    [row_min, column_min, row_max, column_max]."""
-    values = dict(document)
-    recordings, boxes = values.pop("cond_audio", None), values.pop("bbox", None)
-    if not isinstance(recordings, dict) or not 1 <= len(recordings) <= 2:
-        raise InputError('needs one or two recordings in \'cond_audio\', such as {"person1": "a.wav"}')
-    speakers = sorted(recordings)
-    values["image"] = values.pop("cond_image")
-    values |= dict(zip(("audio", "audio_2"), (recordings[speaker] for speaker in speakers), strict=False))
-    if boxes:
-        if not isinstance(boxes, dict) or sorted(boxes) != speakers:
-            raise InputError(f"needs one box for each of {', '.join(speakers)} in 'bbox'")
-        values["bbox"] = [_columns_first(boxes[speaker]) for speaker in speakers]
-    return values
-
-
-def _columns_first(box: Any) -> Any:
-    return [box[1], box[0], box[3], box[2]] if isinstance(box, list) and len(box) == 4 else box
+    return Record(values, row)

@@ -13,7 +13,8 @@ BLOCK_S = 1.0
 
 
 def combined_duration_s(durations_s: Sequence[float], how: str | None) -> float:
-    """`how`: None for one recording, "para" = at the same time, "add" = one after the other."""
+    """`how`: None for one recording, "para" = at the same time, "add" = one after the other, "turns" = at the
+    same time, but with speech in one of them only at once."""
     _check(len(durations_s), how)
     return sum(durations_s) if how == "add" else max(durations_s)
 
@@ -88,7 +89,7 @@ def _silence(length: int, channels: int, step: int) -> Iterator[Samples]:
 
 
 def _check(count: int, how: str | None) -> None:
-    if how not in (None, "para", "add"):
+    if how not in (None, "para", "add", "turns"):
         raise InputError(f"recordings cannot be combined by {how!r}; allowed: para, add")
     if count < 1 or (how is None and count > 1):
         raise InputError(f"{count} recordings with audio_type {how!r}; give one, or say para or add")

@@ -14,8 +14,10 @@ from typing import Any, overload
 import fsspec
 import numpy as np
 
-from avatar_core.errors import InputError
-from avatar_core.media.records import REQUIRED, Record, parse_records
+from avatar_core.errors import InputError, shown
+from avatar_core.media.dialogue import split_turns, voice_name
+from avatar_core.media.documents import SILENCE
+from avatar_core.media.records import Record, parse_records
 from avatar_core.media.source import local_path, normalise_uri, scheme_of
 from avatar_core.store.packed import PackedRows
 
@@ -27,34 +29,31 @@ MAX_BYTES = 512 << 20
 _SLICE_ROWS = 4096
 
 _NAMES = ("videoid", "id", "name")
-_KNOWN = frozenset(
-    (
-        *REQUIRED,
-        *_NAMES,
-        "audio_2",
-        "audio_type",
-        "prompt",
-        "negative_prompt",
-        "fps",
-        "seed",
-        "bbox",
-        "params",
-    )
-)
+PATHS = ("image", "video", "audio", "audio_2")
+"""Columns that point to files."""
+_EITHER = (("image", "video"), ("audio", "tts_text"))
+"""Of each pair a row has one."""
 
 Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """`index` counts data rows from 0. `bbox`: one (x_min, y_min, x_max, y_max) per speaker, in pixels of
-    the upright picture. `extra`: the columns that mean nothing here; `source`: all columns as given.
-    A row with an `error` cannot be rendered."""
+    """`index` counts data rows from 0. A row has an `image` or a `video`, and its speech in `audio` (with
+    `audio_2` of a second speaker) or as `tts_text` for `voice` (and `voice_2`). The recording of a speaker
+    who is silent is `silence:` and the other's.
+
+    `bbox`: one (x_min, y_min, x_max, y_max) per speaker, in pixels of the upright picture. `extra`: the
+    columns that mean nothing here; `source`: all columns as given. A row with an `error` is not rendered."""
 
     index: int
     image: str = ""
+    video: str | None = None
     audio: str = ""
     audio_2: str | None = None
+    tts_text: str | None = None
+    voice: str | None = None
+    voice_2: str | None = None
     audio_type: str | None = None
     name: str | None = None
     prompt: str = ""
@@ -176,8 +175,8 @@ def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes
 
 def _check_required(columns: Sequence[str]) -> None:
     lower = {name.lower(): name for name in columns}
-    for required in REQUIRED:
-        if columns and required not in lower:
+    for required, instead in _EITHER:
+        if columns and required not in lower and instead not in lower:
             near = difflib.get_close_matches(required, lower, n=1, cutoff=0.5)
             hint = f"; is {lower[near[0]]!r} meant? then rename it" if near else ""
             raise InputError(f"has no column {required!r}; its columns: {', '.join(columns)}{hint}")
@@ -202,38 +201,74 @@ def _row(index: int, record: Record, base: str | None) -> dict[str, Any]:
     """The fields of a `TableRow`."""
     cells = {name.lower(): value for name, value in record.values.items()}
     values: dict[str, Any] = {**_EMPTY, "index": index, "name": _name(cells)}
-    errors = [record.error] if record.error else []
+    errors = [record.error] if record.error else _check_given(cells)
     for column, parse in _PARSERS.items():
-        if column not in cells and column not in REQUIRED:
+        if column not in cells:
             continue
         try:
-            values[column] = parse(cells.get(column))
+            values[column] = parse(cells[column])
         except InputError as error:
             errors.append(f"column {column!r}: {error}")
     if not errors:
-        errors = _check_speakers(values)
+        errors = _check_recordings(values) + _check_speech(values) + _check_boxes(values)
     if base is not None:
-        values["image"], values["audio"] = (
-            resolve_uri(values["image"], base),
-            resolve_uri(values["audio"], base),
-        )
-        values["audio_2"] = resolve_uri(values["audio_2"], base) if values["audio_2"] else None
+        values |= {column: resolve_uri(values[column], base) for column in PATHS if values[column]}
+    if values["audio_2"]:
+        for column, other in (("audio", "audio_2"), ("audio_2", "audio")):
+            if values[column] == SILENCE:
+                values[column] += values[other]
     extra = {name: value for name, value in record.values.items() if name.lower() not in _KNOWN}
     return values | {"extra": extra, "source": record.source, "error": "; ".join(errors) or None}
 
 
-def _check_speakers(values: Mapping[str, Any]) -> list[str]:
-    speakers = 2 if values["audio_2"] else 1
+def _check_given(cells: Mapping[str, Any]) -> list[str]:
     errors = []
-    if speakers == 2 and not values["audio_type"]:
+    for column, instead in _EITHER:
+        is_given, is_instead = not _is_absent(cells.get(column)), not _is_absent(cells.get(instead))
+        if is_given and is_instead:
+            errors.append(f"columns {column!r} and {instead!r} are both given; give one of them")
+        if not is_given and not is_instead:
+            errors.append(f"column {column!r}: is empty; give a path or URI")
+    return errors
+
+
+def _check_recordings(values: Mapping[str, Any]) -> list[str]:
+    recordings = [values[column] for column in ("audio", "audio_2") if values[column]]
+    errors = []
+    if values["audio_2"] and not values["audio_type"]:
         errors.append("column 'audio_2' is given but 'audio_type' is empty; allowed: para, add")
-    if speakers == 1 and values["audio_type"]:
+    if values["audio_type"] and not values["audio_2"]:
         errors.append(
             f"column 'audio_type' is {values['audio_type']!r} but 'audio_2' is empty; give both or none"
         )
-    if values["bbox"] and len(values["bbox"]) != speakers:
-        errors.append(f"column 'bbox' has {len(values['bbox'])} boxes for {speakers} speakers; give one each")
+    silent = [recording for recording in recordings if recording.startswith(SILENCE)]
+    if any(recording != SILENCE for recording in silent):
+        errors.append(f"{shown(silent[0])} names a recording; write {SILENCE!r} alone: it lasts as the other")
+    elif silent and len(silent) == len(recordings):
+        errors.append(f"column 'audio' is {SILENCE!r}, so a recording of another speaker is needed")
     return errors
+
+
+def _check_speech(values: Mapping[str, Any]) -> list[str]:
+    if not values["tts_text"]:
+        names = [column for column in ("voice", "voice_2") if values[column]]
+        return [f"column {name!r} is given but 'tts_text' is empty; give both or none" for name in names]
+    if values["audio_2"]:
+        return ["columns 'audio_2' and 'tts_text' are both given; name a second speaker's voice in 'voice_2'"]
+    if not values["voice"]:
+        return ["column 'voice': is empty; name the Kokoro voice that says 'tts_text', such as af_heart"]
+    try:
+        split_turns(values["tts_text"], 2 if values["voice_2"] else 1)
+    except InputError as error:
+        return [f"column 'tts_text': {error}"]
+    return []
+
+
+def _check_boxes(values: Mapping[str, Any]) -> list[str]:
+    speakers = 2 if values["audio_2"] or values["voice_2"] else 1
+    if values["bbox"] and len(values["bbox"]) != speakers:
+        return [f"column 'bbox' has {len(values['bbox'])} boxes for {speakers} speakers; give one each"]
+    return []
 
 
 def _name(cells: Mapping[str, Any]) -> str | None:
@@ -252,24 +287,28 @@ def _is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _required_path(value: Any) -> str:
-    path = _path(value)
-    if path is None:
-        raise InputError("is empty; give a path or URI")
-    return path
-
-
 def _path(value: Any) -> str | None:
     if _is_absent(value):
         return None
     if not isinstance(value, str) or "\0" in value:
-        raise InputError(f"{_short(value)} is not a path or URI")
+        raise InputError(f"{shown(value)} is not a path or URI")
     return value.strip()
+
+
+def _path_or_empty(value: Any) -> str:
+    return _path(value) or ""
+
+
+def _speech(value: Any) -> str | None:
+    if _is_absent(value):
+        return None
+    if not isinstance(value, str) or "\0" in value:
+        raise InputError(f"{shown(value)} is not a text")
+    return value.strip()
+
+
+def _voice(value: Any) -> str | None:
+    return None if _is_absent(value) else voice_name(str(value))
 
 
 def _text(value: Any) -> str:
@@ -280,9 +319,7 @@ def _audio_type(value: Any) -> str | None:
     if _is_absent(value):
         return None
     if str(value).strip().lower() not in AUDIO_TYPES:
-        raise InputError(
-            f"{_short(value)} is not allowed; allowed: para (at once), add (one after the other)"
-        )
+        raise InputError(f"{shown(value)} is not allowed; allowed: para (at once), add (one after the other)")
     return str(value).strip().lower()
 
 
@@ -291,7 +328,7 @@ def _fps(value: Any) -> float | None:
         return None
     fps = _number(value)
     if not MIN_FPS <= fps <= MAX_FPS:
-        raise InputError(f"{_short(value)} is not a number from {MIN_FPS:g} to {MAX_FPS:g}")
+        raise InputError(f"{shown(value)} is not a number from {MIN_FPS:g} to {MAX_FPS:g}")
     return fps
 
 
@@ -313,7 +350,7 @@ def _seed(value: Any) -> int | None:
     if seed is None and _number(value).is_integer():
         seed = int(_number(value))
     if seed is None or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"{_short(value)} is not a whole number from 0 to {MAX_SEED}")
+        raise InputError(f"{shown(value)} is not a whole number from 0 to {MAX_SEED}")
     return seed
 
 
@@ -324,7 +361,7 @@ def _json_value(value: Any) -> Any:
     try:
         return json.loads(value, parse_constant=lambda constant: float(f"not JSON: {constant}"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{_short(value)} is not JSON ({error})") from error
+        raise InputError(f"{shown(value)} is not JSON ({error})") from error
 
 
 def _bbox(value: Any) -> tuple[Box, ...] | None:
@@ -335,7 +372,7 @@ def _bbox(value: Any) -> tuple[Box, ...] | None:
         boxes = [boxes]
     if not isinstance(boxes, Sequence) or not boxes or not all(_is_box(box) for box in boxes):
         raise InputError(
-            f"{_short(value)} is no list of boxes; give [x_min, y_min, x_max, y_max] in pixels per speaker"
+            f"{shown(value)} is no list of boxes; give [x_min, y_min, x_max, y_max] in pixels per speaker"
         )
     return tuple(tuple(float(edge) for edge in box) for box in boxes)
 
@@ -352,14 +389,18 @@ def _params(value: Any) -> dict[str, Any]:
         return {}
     params = _json_value(value)
     if not isinstance(params, Mapping):
-        raise InputError(f'{_short(value)} is not a JSON object such as {{"num_inference_steps": 30}}')
+        raise InputError(f'{shown(value)} is not a JSON object such as {{"num_inference_steps": 30}}')
     return {name: item for name, item in params.items() if item is not None}
 
 
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
-    "image": _required_path,
-    "audio": _required_path,
+    "image": _path_or_empty,
+    "video": _path,
+    "audio": _path_or_empty,
     "audio_2": _path,
+    "tts_text": _speech,
+    "voice": _voice,
+    "voice_2": _voice,
     "audio_type": _audio_type,
     "prompt": _text,
     "negative_prompt": _text,
@@ -368,3 +409,4 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "bbox": _bbox,
     "params": _params,
 }
+_KNOWN = frozenset((*_NAMES, *_PARSERS))

@@ -13,7 +13,7 @@ import numpy as np
 from av.audio.stream import AudioStream
 from av.codec.context import Flags
 from av.container import InputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -84,6 +84,8 @@ class VideoWriter:
         options = {"movflags": "faststart+use_metadata_tags", "fflags": "bitexact"}
         self._container = av.open(self._partial.absolute(), "w", format="mp4", options=options)
         self._container.metadata.update(metadata or {})
+        self._threads = threads
+        self._reformatter = VideoReformatter()
         self._pictures = self._add_pictures(crf, preset, threads)
         self._voice = self._add_voice(sound) if sound else None
 
@@ -112,8 +114,12 @@ class VideoWriter:
         """uint8 RGB [H, W, 3]."""
         if frame.shape != self.shape or frame.dtype != np.uint8:
             raise ValueError(f"a frame is {frame.dtype} {frame.shape}; expected uint8 {self.shape}")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        picture = self._reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            threads=self._threads,  # otherwise as many as there are cores
         )
         picture.pts, picture.time_base = self.num_frames, 1 / self.fps
         self._container.mux(self._pictures.encode(picture))

@@ -16,8 +16,9 @@ from avatar_core.stages.base import BackendStage, Item, Output, Report
 
 SAMPLE_RATE = 16_000
 
-Combination = Literal["para", "add"] | None
-"""Two speakers at the same time (`para`) or one after the other (`add`)."""
+Combination = Literal["para", "add", "turns"] | None
+"""Two speakers at the same time (`para`), one after the other (`add`), or in recordings that run at the same
+time and of which only one holds speech at once (`turns`)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Decode: frames of a clip, encoded to MP4 with the sound of its recordings while they are made."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from avatar_core.media.speakers import mix_blocks
 from avatar_core.media.video import Sound, VideoWriter
 from avatar_core.stages.audio import Segment
 from avatar_core.stages.base import BackendStage, Item, Output, Report
-from avatar_core.stages.reference import load_fitted
+from avatar_core.stages.reference import load_fitted, open_fitted
 from avatar_core.store.keys import config_values, digest
 
 
@@ -48,11 +49,17 @@ class DecodeStage(BackendStage):
     def process(
         self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report
     ) -> Output:
-        picture, _ = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
+        picture, _ = load_fitted(self.backend, item, config.max_side, config.backend)
         height, width = picture.shape[:2]
         path = scratch / "clip.mp4"
-        with self._writer(path, item, config, width, height) as writer:
-            frames = self._frames(models, picture, item, config)
+        with ExitStack() as opened:
+            writer = opened.enter_context(self._writer(path, item, config, width, height))
+            source: Any = picture
+            if "video" in item.assets:
+                source = opened.enter_context(
+                    open_fitted(self.backend, item, config.max_side, config.backend)
+                )
+            frames = self._frames(models, source, item, config)
             for done, frame in enumerate(islice(frames, config.num_frames), start=1):
                 writer.write_frame(frame)
                 report(done, config.num_frames)
@@ -70,9 +77,7 @@ class DecodeStage(BackendStage):
             file=path,
         )
 
-    def _frames(
-        self, models: Any, picture: Picture, item: Item, config: DecodeStageConfig
-    ) -> Iterator[Picture]:
+    def _frames(self, models: Any, picture: Any, item: Item, config: DecodeStageConfig) -> Iterator[Picture]:
         conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
         if isinstance(self.backend, WindowedBackend):
             del conditions["denoise"]

@@ -1,4 +1,5 @@
-"""Face: every face of a picture. Which of them speaks is decided by the stages that use them."""
+"""Face: every face of a picture, or of the first frame of footage. Which of them speaks is decided by the
+stages that use them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from avatar_core import weights
+from avatar_core.backends.base import Picture
 from avatar_core.config import InputConfig
 from avatar_core.errors import about
 from avatar_core.media.face import Face, FaceDetector, align
+from avatar_core.media.footage import Footage
 from avatar_core.media.image import ImageLimits, load_image
 from avatar_core.stages.base import Item, Output, Report, Stage, Tensors
 
@@ -38,8 +41,7 @@ class FaceStage(Stage):
         self, item: Item, config: FaceStageConfig, models: FaceDetector, scratch: Path, report: Report
     ) -> Output:
         limits = ImageLimits(max_pixels=config.max_pixels, min_side=config.min_side)
-        with about("picture"):
-            picture = load_image(item.assets["image"][0], limits)
+        picture = load_upright(item, limits)
         faces = models.detect(picture, min_face=config.min_face)
         crops = [align(picture, face.points, CROP_SIZE) for face in faces]
         height, width = picture.shape[:2]
@@ -52,6 +54,15 @@ class FaceStage(Stage):
                 "crops": np.array(crops, np.uint8).reshape(-1, CROP_SIZE, CROP_SIZE, 3),
             },
         )
+
+
+def load_upright(item: Item, limits: ImageLimits) -> Picture:
+    """The item's picture, or the first frame of its footage."""
+    if "video" in item.assets:
+        with about("video"), Footage(item.assets["video"][0]) as footage:
+            return footage[0]
+    with about("picture"):
+        return load_image(item.assets["image"][0], limits)
 
 
 def faces_from_tensors(tensors: Tensors) -> list[Face]:

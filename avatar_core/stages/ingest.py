@@ -1,9 +1,9 @@
-"""Ingest: an outside picture or recording becomes an asset of the store, hashed and probed by header.
+"""Ingest: an outside picture, video or recording becomes an asset of the store, hashed and probed by header.
 
 The only stage that meets what a table names; all later stages read the copy it makes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,17 +12,21 @@ import pyarrow as pa
 
 from avatar_core.config import Config
 from avatar_core.errors import about
-from avatar_core.media.audio import AudioLimits, probe_audio
+from avatar_core.media.audio import AudioLimits, probe_audio, write_silence_like
+from avatar_core.media.footage import FootageLimits, probe_footage
 from avatar_core.media.image import ImageLimits, check_size, probe_image
 from avatar_core.media.source import SourcePolicy, copy_source
 from avatar_core.stages.base import Item, Output, Report, Stage
+
+Kind = Literal["image", "video", "audio", "silence"]
+"""`silence` is a recording of nothing, as long as the one that its source names."""
 
 
 @dataclass(frozen=True)
 class IngestConfig:
     """Where a source may lie is checked anew by every run (`stat_source`), so it is no part of the key."""
 
-    kind: Literal["image", "audio"]
+    kind: Kind
     max_bytes: int
     max_pixels: int
     min_side: int
@@ -33,7 +37,7 @@ class IngestConfig:
     storage_options: Mapping[str, Any] = field(default_factory=dict, metadata={"execution": True}, repr=False)
 
 
-def ingest_config(kind: Literal["image", "audio"], config: Config) -> IngestConfig:
+def ingest_config(kind: Kind, config: Config) -> IngestConfig:
     source = config.input
     return IngestConfig(
         kind,
@@ -71,6 +75,8 @@ class IngestStage(Stage):
             "sample_rate": pa.int64(),
             "channels": pa.int64(),
             "duration_s": pa.float64(),
+            "fps": pa.float64(),
+            "num_frames": pa.int64(),
         }
     )
 
@@ -80,16 +86,37 @@ class IngestStage(Stage):
         assert item.source is not None
         copy = scratch / "asset"
         copy_source(item.source, source_policy(config), copy)
-        probe = _probe_picture if config.kind == "image" else _probe_recording
-        with about(f"{config.kind} {item.source}"):
-            columns = {"kind": config.kind, "bytes": copy.stat().st_size, **probe(copy, config)}
+        with about(f"{'audio' if config.kind == 'silence' else config.kind} {item.source}"):
+            if config.kind == "silence":
+                copy = _silent(copy)
+            columns = {**_PROBES[config.kind](copy, config), "kind": config.kind}
+        columns["bytes"] = copy.stat().st_size
         return Output(columns, file=copy.rename(scratch / f"asset.{columns['format']}"))
+
+
+def _silent(recording: Path) -> Path:
+    path = recording.with_name("silence")
+    write_silence_like(recording, path)
+    return path
 
 
 def _probe_picture(path: Path, config: IngestConfig) -> dict[str, Any]:
     probe = probe_image(path)
     check_size(probe.width, probe.height, ImageLimits(config.max_pixels, config.min_side))
     return {"format": probe.format, "width": probe.width, "height": probe.height}
+
+
+def _probe_footage(path: Path, config: IngestConfig) -> dict[str, Any]:
+    picture = ImageLimits(config.max_pixels, config.min_side)
+    probe = probe_footage(path, FootageLimits(picture, config.max_duration_s))
+    return {
+        "format": probe.format,
+        "width": probe.width,
+        "height": probe.height,
+        "duration_s": probe.duration_s,
+        "fps": probe.fps,
+        "num_frames": probe.num_frames,
+    }
 
 
 def _probe_recording(path: Path, config: IngestConfig) -> dict[str, Any]:
@@ -100,3 +127,11 @@ def _probe_recording(path: Path, config: IngestConfig) -> dict[str, Any]:
         "channels": probe.channels,
         "duration_s": probe.duration_s,
     }
+
+
+_PROBES: Mapping[Kind, Callable[[Path, IngestConfig], dict[str, Any]]] = {
+    "image": _probe_picture,
+    "video": _probe_footage,
+    "audio": _probe_recording,
+    "silence": _probe_recording,
+}

@@ -1,4 +1,4 @@
-"""Reference: the picture at the size of the video, as the backend wants it. Faces are chosen here."""
+"""Reference: picture or footage at the size of the video, as the backend wants it. Faces are chosen here."""
 
 import sys
 from dataclasses import dataclass, field
@@ -11,9 +11,13 @@ import pyarrow as pa
 from avatar_core.backends.base import Backend, Picture
 from avatar_core.config import FaceConfig
 from avatar_core.media.face import Face, choose
-from avatar_core.media.image import ImageLimits, load_image
+from avatar_core.media.footage import Footage
+from avatar_core.media.image import ImageLimits
 from avatar_core.stages.base import BackendStage, Item, Output, Report
-from avatar_core.stages.face import faces_from_tensors
+from avatar_core.stages.face import faces_from_tensors, load_upright
+
+# Ingest and face have checked the picture.
+NO_LIMITS = ImageLimits(max_pixels=sys.maxsize, min_side=2)
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,30 @@ class ReferenceStage(BackendStage):
             faces = choose(
                 faces, config.rule, config.boxes or None, config.speakers, min_face=config.min_face
             )
-        path = item.assets["image"][0]
-        picture, scale = load_fitted(self.backend, path, config.max_side, config.backend)
+        picture, scale = load_fitted(self.backend, item, config.max_side, config.backend)
         height, width = picture.shape[:2]
+        scaled = [_scaled(face, *scale) for face in faces]
         if encode_scene:
-            source = load_upright(path)
+            source = load_upright(item, NO_LIMITS)
             tensors = encode_scene(models, source, faces, config.boxes, config.speakers, config.backend)
+        elif "video" in item.assets:
+            with open_fitted(self.backend, item, config.max_side, config.backend) as footage:
+                tensors = self.backend.encode_video(models, footage, scaled, config.backend)
         else:
-            scaled = [_scaled(face, *scale) for face in faces]
             tensors = self.backend.encode_picture(models, picture, scaled, config.backend)
         return Output({"faces": len(faces), "width": width, "height": height}, tensors)
 
 
 def load_fitted(
-    backend: Backend, path: Path, max_side: int, config: Any
+    backend: Backend, item: Item, max_side: int, config: Any
 ) -> tuple[Picture, tuple[float, float]]:
-    """The upright picture at the size of the video, and its scale across and down."""
-    return backend.fit_picture(load_upright(path), max_side, config)
+    """The upright picture, of footage the first, at the size of the video; and its scale across and down."""
+    return backend.fit_picture(load_upright(item, NO_LIMITS), max_side, config)
 
 
-def load_upright(path: Path) -> Picture:
-    """Ingest and face have checked it: no limits here."""
-    return load_image(path, ImageLimits(max_pixels=sys.maxsize, min_side=2))
+def open_fitted(backend: Backend, item: Item, max_side: int, config: Any) -> Footage:
+    """All frames of an item's footage, each at the size of the video."""
+    return Footage(item.assets["video"][0], lambda frame: backend.fit_picture(frame, max_side, config)[0])
 
 
 def _scaled(face: Face, across: float, down: float) -> Face:

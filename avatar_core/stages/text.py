@@ -29,7 +29,7 @@ class TextStage(BackendStage):
     ) -> Output:
         picture = None
         if item.assets:
-            picture, _ = load_fitted(self.backend, item.assets["image"][0], config.max_side, config.backend)
+            picture, _ = load_fitted(self.backend, item, config.max_side, config.backend)
         tensors = self.backend.encode_text(
             models, config.prompt, config.negative_prompt, picture, config.backend
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Literal
 
 import yaml
@@ -23,8 +24,8 @@ class File:
 
 @dataclass(frozen=True)
 class Part:
-    """Files of one model: patterns inside `folder`, each of which must match unless it is `optional`. A part
-    `on_request` does not belong to the whole: it comes by its own name only."""
+    """Files of one model: patterns in `folder` (`.`: the repository itself), each of which must match unless
+    it is `optional`. A part `on_request` does not belong to the whole: it comes by its own name only."""
 
     folder: str
     files: tuple[str, ...]
@@ -42,7 +43,7 @@ class Part:
         return tuple(self._inside(pattern) for pattern in self.files + self.optional)
 
     def _inside(self, pattern: str) -> str:
-        return f"{self.folder}/{pattern}" if self.folder else pattern
+        return (PurePosixPath(self.folder) / pattern).as_posix()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
 from tests.flows.conftest import PrefectServer
 from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
+from tests.flows.windowed_backend import WindowedBackend
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
 
 pytestmark = pytest.mark.timeout(600)
@@ -228,7 +229,7 @@ def test_a_clip_killed_in_its_second_window_goes_on_there(
     recording = write_recording(tmp_path / "long.wav", duration_s=0.6)
     long_table = write_table(tmp_path / "batch.csv", [{"image": table.parent / "0.png", "audio": recording}])
     shutil.copytree(table.parent / "conf", tmp_path / "conf")
-    runs = Runs(tmp_path, long_table, environment | {ITEM_S: "0.2"}, backend="windowed")
+    runs = Runs(tmp_path, long_table, environment | {ITEM_S: "0.2"}, backend=WindowedBackend.name)
     assert runs.kill_when(lambda calls: by_stage(calls)["denoise"] == 2) == "denoise"
     code, output = runs.finish()
     assert code == 0, output
@@ -240,7 +241,7 @@ def test_a_clip_killed_in_its_second_window_goes_on_there(
         "runtime": {"gpus": []},
         "storage": {"root": str(tmp_path / "un")},
     }
-    unbroken = render({"table": str(long_table), "backend": {"name": "windowed"}, **options})
+    unbroken = render({"table": str(long_table), "backend": {"name": WindowedBackend.name}, **options})
     assert runs.videos == videos(unbroken.dataset)
     assert len(runs.videos) == 1
 

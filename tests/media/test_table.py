@@ -118,40 +118,6 @@ def test_json_list_and_single_object(tmp_path: Path) -> None:
     assert len(read(tmp_path, json.dumps(row, indent=2))) == 1
 
 
-def multitalk(**changes: object) -> str:
-    document = {
-        "prompt": "Two people sing.",
-        "cond_image": "two.png",
-        "audio_type": "para",
-        "cond_audio": {"person1": "man.wav", "person2": "woman.wav"},
-        "bbox": {"person1": [0, 150, 1300, 1000], "person2": [220, 1180, 1300, 1720]},
-    }
-    return json.dumps(document | changes, indent=1)
-
-
-def test_multitalk_document_becomes_a_row(tmp_path: Path) -> None:
-    (row,) = read(tmp_path, multitalk())
-    assert row.error is None
-    assert (row.image, row.audio, row.audio_2, row.audio_type) == ("two.png", "man.wav", "woman.wav", "para")
-    assert row.bbox == ((150, 0, 1000, 1300), (1180, 220, 1720, 1300))
-    assert row.source["bbox"] == {"person1": [0, 150, 1300, 1000], "person2": [220, 1180, 1300, 1720]}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cond_audio": {}}, "one or two recordings"),
-        ({"cond_audio": "a.wav"}, "one or two recordings"),
-        ({"bbox": {"person1": [0, 1, 2, 3]}}, "one box for each of person1, person2"),
-        ({"bbox": {"person1": [0, 1, 2, 3], "person2": [1]}}, "column 'bbox'"),
-        ({"audio_type": "both"}, "allowed: para"),
-    ],
-)
-def test_wrong_multitalk_document(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    (row,) = read(tmp_path, multitalk(**changes))
-    assert message in str(row.error)
-
-
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -168,6 +134,15 @@ def test_wrong_multitalk_document(tmp_path: Path, changes: dict[str, object], me
         ("audio_type", "mix", "column 'audio_type': 'mix' is not allowed; allowed: para"),
         ("audio_type", "add", "'audio_2' is empty"),
         ("audio_2", "b.wav", "'audio_type' is empty; allowed: para, add"),
+        ("video", "a.mp4", "columns 'image' and 'video' are both given; give one of them"),
+        ("tts_text", "Hello.", "columns 'audio' and 'tts_text' are both given; give one of them"),
+        ("voice", "af_heart", "column 'voice' is given but 'tts_text' is empty; give both or none"),
+        ("voice_2", "am_adam", "column 'voice_2' is given but 'tts_text' is empty; give both or none"),
+        (
+            "voice",
+            "Adam",
+            "column 'voice': 'Adam' is not the name of a Kokoro voice; give one such as af_heart",
+        ),
         ("bbox", "[1, 2, 3]", "column 'bbox': '[1, 2, 3]' is no list of boxes"),
         ("bbox", "[3, 2, 1, 4]", "is no list of boxes"),
         ("bbox", "[1, 2, NaN, 4]", "is not JSON"),
@@ -340,3 +315,85 @@ def test_resolve_uri(value: str, table: str, expected: str) -> None:
 def test_resolve_uri_of_a_relative_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve_uri("a.png", "in/rows.csv") == str(tmp_path / "in/a.png")
+
+
+def read_rows(tmp_path: Path, header: str, *lines: str) -> list[TableRow]:
+    return read(tmp_path, "\n".join([header, *lines]) + "\n")
+
+
+def test_a_video_stands_in_for_the_picture(tmp_path: Path) -> None:
+    (row,) = read_rows(tmp_path, "video,audio", "talk.mp4,a.wav")
+    assert (row.error, row.image, row.video, row.audio) == (None, "", "talk.mp4", "a.wav")
+
+
+def test_a_text_stands_in_for_the_recording(tmp_path: Path) -> None:
+    one, two = read_rows(
+        tmp_path,
+        "image,tts_text,voice,voice_2",
+        "a.png, Hello there. ,weights/Kokoro-82M/voices/af_heart.pt,",
+        "a.png,(s1) Hello. (s2) Hi. (s1) Bye.,af_heart,am_adam",
+    )
+    assert (one.error, one.tts_text, one.voice, one.voice_2) == (None, "Hello there.", "af_heart", None)
+    assert (two.error, two.voice, two.voice_2) == (None, "af_heart", "am_adam")
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (
+            "Hello.,,",
+            "column 'voice': is empty; name the Kokoro voice that says 'tts_text', such as af_heart",
+        ),
+        (",,", "column 'audio': is empty; give a path or URI"),
+        (
+            "Hello.,af_heart,am_adam",
+            "column 'tts_text': has no turns for two speakers; write (s1) ... (s2) ..., or leave "
+            "`voice_2` empty",
+        ),
+        (
+            "(s1) Hi. (s2) Ho.,af_heart,",
+            "column 'tts_text': the tag (s1) marks turns of two speakers; name `voice_2` too, or take "
+            "the tags out",
+        ),
+        (
+            "Hello! (s1) Hi.,af_heart,am_adam",
+            "column 'tts_text': nobody says 'Hello!' before the first tag; put (s1) or (s2) there",
+        ),
+        (
+            "(s1) Hi. (s3) Ho.,af_heart,am_adam",
+            "column 'tts_text': the tag (s3) names no speaker; allowed: (s1), (s2)",
+        ),
+        (
+            "(s1) (s2) Ho.,af_heart,am_adam",
+            "column 'tts_text': a turn of (s1) is empty; write what is said after its tag",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_spoken_as_it_stands(tmp_path: Path, cells: str, message: str) -> None:
+    (row,) = read_rows(tmp_path, "image,tts_text,voice,voice_2", f"a.png,{cells}")
+    assert row.error == message
+
+
+def test_a_silent_speaker_is_as_long_as_the_other(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,audio,audio_2,audio_type\na.png,silence:,b.wav,para\n")
+    (row,) = read_table(str(tmp_path / "rows.csv"), base=str(tmp_path / "rows.csv"))
+    assert (row.error, row.audio, row.audio_2) == (None, f"silence:{tmp_path}/b.wav", f"{tmp_path}/b.wav")
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("silence:,,", "column 'audio' is 'silence:', so a recording of another speaker is needed"),
+        (
+            "silence:,silence:,para",
+            "column 'audio' is 'silence:', so a recording of another speaker is needed",
+        ),
+        (
+            "silence:x.wav,b.wav,para",
+            "'silence:x.wav' names a recording; write 'silence:' alone: it lasts as the other",
+        ),
+    ],
+)
+def test_somebody_must_speak(tmp_path: Path, cells: str, message: str) -> None:
+    (row,) = read_rows(tmp_path, "image,audio,audio_2,audio_type", f"a.png,{cells}")
+    assert row.error == message

@@ -6,7 +6,14 @@ import cv2
 import numpy as np
 
 from avatar_core.backends.preview.axes import Box, FaceAxes, smoothstep
-from avatar_core.backends.preview.warp import FloatArray, Picture, resize, warp_picture, weighted_sum
+from avatar_core.backends.preview.warp import (
+    FloatArray,
+    Picture,
+    resize,
+    warp_picture,
+    warp_sharply,
+    weighted_sum,
+)
 
 BORDER_SHARE = 0.10  # of the longer side, over which the movement towards a border dies out
 TORSO_SHARE = 0.45  # of the head's sway that reaches the shoulders
@@ -74,7 +81,7 @@ class HeadSway:
             moved[part.slices] = warp_picture(frame, inside[part.slices], cv2.INTER_LINEAR)
         # Linear interpolation blurs, and more so half-way between pixels: faces get the better, slower one.
         for face in self._faces:
-            moved[face.slices] = warp_picture(frame, inside[face.slices], cv2.INTER_CUBIC)
+            moved[face.slices] = warp_sharply(frame, inside[face.slices])
         frame[self.box.slices] = moved
 
 

@@ -1,0 +1,162 @@
+"""Rows with a video in place of a picture, through all stages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avatar_core.backends.base import BACKENDS, Picture, Tensors
+from avatar_core.backends.preview.backend import PreviewBackend
+from avatar_core.media.face import Face
+from avatar_core.media.footage import Footage
+from avatar_core.media.image import load_image
+from avatar_core.media.video import VideoWriter
+from avatar_core.pipeline import Result, render
+from tests.sample_rows import (
+    PREVIEW_STAGES,
+    RunAvatar,
+    Watcher,
+    flip_byte,
+    read_video,
+    write_landscape,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+NUM_FRAMES = 8
+
+
+class FootageBackend(PreviewBackend):
+    """Draws the speech of the first frame's face and, in the top row, which frame of the footage is its "
+    "source."""
+
+    name = "footage"
+    takes_video = True
+
+    def resolve(self) -> "FootageBackend":
+        return FootageBackend(super().resolve().config)
+
+    def encode_video(self, models: Any, frames: Footage, faces: Sequence[Face], config: Any) -> Tensors:
+        greys = np.array([float(frame[0, 0].mean()) for frame in frames])
+        return {**super().encode_picture(models, frames[0], faces, config), "greys": greys}
+
+    def decode(
+        self, models: Any, picture: Any, conditions: Mapping[str, Tensors], config: Any
+    ) -> Iterator[Picture]:
+        if isinstance(picture, np.ndarray):
+            yield from super().decode(models, picture, conditions, config)
+            return
+        reference = {name: value for name, value in conditions["reference"].items() if name != "greys"}
+        assert len(conditions["reference"]["greys"]) == len(picture)
+        frames = super().decode(models, picture[0], {**conditions, "reference": reference}, config)
+        there_and_back = [*range(len(picture)), *range(len(picture) - 1, -1, -1)]
+        for index, frame in enumerate(frames):
+            source = picture[there_and_back[index % len(there_and_back)]]
+            yield np.concatenate([source[:16], frame[16:]])
+
+
+@pytest.fixture(autouse=True)
+def known_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "footage", f"{__name__}:FootageBackend")
+
+
+def write_footage(path: Path, picture: Path, num_frames: int = NUM_FRAMES) -> Path:
+    """A still picture of a speaker whose upper edge grows lighter from frame to frame."""
+    still = load_image(picture)
+    still = np.ascontiguousarray(still[: still.shape[0] // 2 * 2, : still.shape[1] // 2 * 2])
+    with VideoWriter(path, still.shape[1], still.shape[0], 25, crf=4) as writer:
+        for index in range(num_frames):
+            frame = still.copy()
+            frame[:16] = 20 + 25 * index
+            writer.write_frame(frame)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Path:
+    folder = tmp_path_factory.mktemp("footage")
+    write_footage(folder / "talk.mp4", inputs / "portrait.jpg")
+    (folder / "hello.wav").write_bytes((inputs / "hello.wav").read_bytes())
+    (folder / "portrait.jpg").write_bytes((inputs / "portrait.jpg").read_bytes())
+    return folder
+
+
+def rendered(
+    folder: Path, store: Path, row: dict[str, Any], watcher: Watcher | None = None, **options: Any
+) -> Result:
+    row = {column: str(folder / value) for column, value in row.items()}
+    config = {"rows": [row], "storage": {"root": str(store)}, "backend": {"name": "footage"}, **options}
+    return render(config, watcher)
+
+
+def test_a_row_with_a_video_goes_through_all_stages(folder: Path, tmp_path: Path) -> None:
+    watcher = Watcher()
+    row = {"video": "talk.mp4", "audio": "hello.wav"}
+    result = rendered(folder, tmp_path, row, watcher)
+    assert result.failures.empty, result.failures["error"].tolist()
+    assert watcher.counts == {"ingest": 2, **dict.fromkeys(PREVIEW_STAGES, 1)}
+    assert result.metadata["name"].tolist() == ["talk-hello"]
+    video = next(ended for stage, ended in watcher.ended if stage == "ingest" and ended["kind"] == "video")
+    assert (video["fps"], video["num_frames"], video["duration_s"]) == (25, NUM_FRAMES, NUM_FRAMES / 25)
+    frames = read_video(Path(result.dataset) / result.metadata["file_name"].iloc[0])
+    assert len(frames) == 15
+    order = [*range(NUM_FRAMES), *range(NUM_FRAMES - 1, -1, -1)][:15]
+    assert [round((frame[4].mean() - 20) / 25) for frame in frames] == order
+    again = Watcher()
+    rendered(folder, tmp_path, row, again)
+    assert again.counts == {}
+
+
+def test_the_footages_size_is_the_videos(folder: Path, tmp_path: Path) -> None:
+    row = {"video": "talk.mp4", "audio": "hello.wav"}
+    result = rendered(folder, tmp_path, row, video={"max_side": 96})
+    assert result.failures.empty, result.failures["error"].tolist()
+    assert max(result.metadata["width"].iloc[0], result.metadata["height"].iloc[0]) == 96
+
+
+def test_a_picture_still_renders_with_such_a_backend(folder: Path, tmp_path: Path) -> None:
+    result = rendered(folder, tmp_path, {"image": "portrait.jpg", "audio": "hello.wav"})
+    assert result.failures.empty
+
+
+def test_other_backends_say_that_they_take_pictures_only(
+    avatar: RunAvatar, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "table.csv").write_text("video,audio\ntalk.mp4,hello.wav\n")
+    code, _ = avatar("render", folder / "table.csv", f"storage.root={tmp_path}")
+    assert code == 1
+    failures = (tmp_path / "datasets/table/failures.csv").read_text()
+    assert (
+        "column `video`: backend preview renders from pictures only; give `image`, or choose a backend "
+        "that takes "
+        "footage"
+    ) in failures
+
+
+def test_bad_footage_fails_its_row(folder: Path, inputs: Path, tmp_path: Path) -> None:
+    write_footage(tmp_path / "nobody.mp4", write_landscape(tmp_path / "nobody.png"))
+    (tmp_path / "text.mp4").write_text("Not a video at all.")
+    expected = {
+        "nobody.mp4": ("reference", "no face"),
+        "text.mp4": ("ingest", f"video {tmp_path}/text.mp4: is a text; allowed: MP4, MOV, WebM"),
+        "absent.mp4": ("ingest", f"{tmp_path}/absent.mp4: no such file"),
+    }
+    for name, (stage, fragment) in expected.items():
+        row = {"video": str(tmp_path / name), "audio": "hello.wav"}
+        (failure,) = rendered(folder, tmp_path / "store", row).failures.to_dict("records")
+        assert failure["failed_stage"] == stage
+        assert fragment in failure["error"].lower() if stage == "reference" else fragment in failure["error"]
+
+
+def test_damaged_footage_in_the_store_is_taken_in_again(folder: Path, tmp_path: Path) -> None:
+    row = {"video": "talk.mp4", "audio": "hello.wav"}
+    first = rendered(folder, tmp_path, row)
+    flip_byte(next((tmp_path / "assets").rglob("*.mp4")))
+    for path in (tmp_path / "stages/decode").rglob("*.mp4"):
+        path.unlink()
+    watcher = Watcher()
+    second = rendered(folder, tmp_path, row, watcher)
+    assert watcher.counts["ingest"] == 1
+    assert second.metadata["sha256"].tolist() == first.metadata["sha256"].tolist()

@@ -12,11 +12,34 @@ from typer.testing import CliRunner
 
 from tests.parity.__main__ import app
 from tests.parity.golden import Case, Compare, Tolerance, leaves, without
-from tests.parity.hunyuan.perturbations import PERTURBATIONS
-from tests.parity.judge import Parity, Verdict, compare, judge
+from tests.parity.hunyuan.perturbations import PERTURBATIONS as HUNYUAN_PERTURBATIONS
+from tests.parity.judge import Parity, Perturbation, Verdict, compare, judge
+from tests.parity.multitalk.perturbations import PERTURBATIONS as MULTITALK_PERTURBATIONS
 
 FOLDER = Path(__file__).parents[1] / "golden"
 HUNYUAN = Parity("hunyuan", FOLDER / "hunyuan")
+MULTITALK = Parity("multitalk", FOLDER / "multitalk")
+BACKENDS = (HUNYUAN, MULTITALK)
+
+LONG = "stream_"
+"""Whole runs of several windows take seconds each: spoilt ones are left to the command."""
+
+
+def files() -> list[Any]:
+    return [
+        pytest.param(parity, name, id=f"{parity.backend}-{name}")
+        for parity in BACKENDS
+        for name in parity.names
+    ]
+
+
+def perturbations() -> list[Any]:
+    of_backends = zip(BACKENDS, (HUNYUAN_PERTURBATIONS, MULTITALK_PERTURBATIONS), strict=True)
+    return [
+        pytest.param(parity, perturbation, id=f"{parity.backend}-{name}")
+        for parity, perturbations in of_backends
+        for name, perturbation in perturbations.items()
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -32,26 +55,27 @@ def faults(verdicts: list[Verdict]) -> list[str]:
     return [f"{verdict.case} {verdict.result}: {verdict.fault}" for verdict in verdicts if verdict.fault]
 
 
-@pytest.mark.parametrize("name", HUNYUAN.names)
-def test_values_are_those_of_the_reference(name: str) -> None:
-    verdicts = HUNYUAN.verdicts(name)
+@pytest.mark.parametrize(("parity", "name"), files())
+def test_values_are_those_of_the_reference(parity: Parity, name: str) -> None:
+    verdicts = parity.verdicts(name)
 
     assert faults(verdicts) == []
     assert verdicts or name == "transformer_weights"
 
 
-def test_no_required_case_is_absent() -> None:
-    assert HUNYUAN.absent() == []
+@pytest.mark.parametrize("parity", BACKENDS)
+def test_no_required_case_is_absent(parity: Parity) -> None:
+    assert parity.absent() == []
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-def test_a_perturbation_fails_the_cases_it_touches_and_no_other(perturbation: str) -> None:
-    spoilt = PERTURBATIONS[perturbation]
-    parity = Parity("hunyuan", HUNYUAN.folder, spoilt.spoil)
+@pytest.mark.parametrize(("parity", "spoilt"), perturbations())
+def test_a_perturbation_fails_the_cases_it_touches_and_no_other(parity: Parity, spoilt: Perturbation) -> None:
+    names = [name for name in parity.names if not name.startswith(LONG)]
+    perturbed = Parity(parity.backend, parity.folder, spoilt.spoil)
 
-    failed = {name for name in parity.names if faults(parity.verdicts(name))}
+    failed = {name for name in names if faults(perturbed.verdicts(name))}
 
-    assert failed == {name for name in parity.names if name.startswith(spoilt.touches)}
+    assert failed == {name for name in names if name.startswith(spoilt.touches)}
 
 
 def write_folder(folder: Path, name: str, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:

@@ -39,13 +39,13 @@ class Backend(Protocol):
     `guessed_seconds` are those that a stage takes per item, or per second of video where it makes clips,
     for as long as a store has not measured them; one of them decides how many items a shard holds.
 
-    A backend that renders from footage too has `takes_video = True` and `encode_video`; for others a row with
-    a video is an error.
-
     A backend that must know where in the picture a speaker is, and not just the face, has `encode_scene(
     models, picture, faces, boxes, speakers, config)` in place of `encode_picture`: `picture` as it was given,
     upright; `boxes` of the row in its pixels, which alone decide where there are any; else the speakers'
     `faces`.
+
+    A backend that renders from footage too has `takes_video = True` and `encode_video`; for others a row with
+    a video is an error.
 
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.

@@ -16,8 +16,8 @@ from avatar_core.media.image import ImageLimits
 from avatar_core.stages.base import BackendStage, Item, Output, Report
 from avatar_core.stages.face import faces_from_tensors, load_upright
 
+# Ingest and face have checked the picture.
 NO_LIMITS = ImageLimits(max_pixels=sys.maxsize, min_side=2)
-"""Ingest and face have checked the picture."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class ReferenceStage(BackendStage):
         picture, scale = load_fitted(self.backend, item, config.max_side, config.backend)
         height, width = picture.shape[:2]
         scaled = [_scaled(face, *scale) for face in faces]
-        if "video" in item.assets:
-            with open_fitted(self.backend, item, config.max_side, config.backend) as footage:
-                tensors = self.backend.encode_video(models, footage, scaled, config.backend)
-        elif encode_scene:
+        if encode_scene:
             source = load_upright(item, NO_LIMITS)
             tensors = encode_scene(models, source, faces, config.boxes, config.speakers, config.backend)
+        elif "video" in item.assets:
+            with open_fitted(self.backend, item, config.max_side, config.backend) as footage:
+                tensors = self.backend.encode_video(models, footage, scaled, config.backend)
         else:
             tensors = self.backend.encode_picture(models, picture, scaled, config.backend)
         return Output({"faces": len(faces), "width": width, "height": height}, tensors)
@@ -66,7 +66,7 @@ class ReferenceStage(BackendStage):
 def load_fitted(
     backend: Backend, item: Item, max_side: int, config: Any
 ) -> tuple[Picture, tuple[float, float]]:
-    """The upright picture (of footage the first) at the size of the video, and its scale across and down."""
+    """The upright picture, of footage the first, at the size of the video; and its scale across and down."""
     return backend.fit_picture(load_upright(item, NO_LIMITS), max_side, config)
 
 

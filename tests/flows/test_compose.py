@@ -90,7 +90,10 @@ def test_a_missing_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch
         ("+video.fsp=30", ["unknown option `video.fsp`; did you mean `video.fps`?"]),
         (
             "preset=drafty",
-            ["unknown preset `drafty`; choose one of: draft, high, tiny; did you mean `draft`?"],
+            [
+                "unknown preset `drafty`; choose one of: draft, fusionx, high, lightx2v, tiny; "
+                "did you mean `draft`?"
+            ],
         ),
         ("backend=preveiw", ["unknown backend `preveiw`", "did you mean `preview`?"]),
         ("backend.denoise.mouth_gian=1", ["`backend.denoise.mouth_gian`", "mouth_gain"]),

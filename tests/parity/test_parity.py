@@ -17,9 +17,10 @@ from tests.parity.judge import Parity, Perturbation, Verdict, compare, judge
 
 FOLDER = Path(__file__).parents[1] / "golden"
 HUNYUAN = Parity("hunyuan", FOLDER / "hunyuan")
-BACKENDS = ("hunyuan", "ditto")
-LARGE = {"ditto": ("net_", "lmdm_step_full", "ddim")}
-"""Full-size networks, which the command looks at under a perturbation too; here they take too long."""
+BACKENDS = ("hunyuan", "multitalk", "ditto")
+LARGE = {"ditto": ("net_", "lmdm_step_full", "ddim"), "multitalk": ("stream_",)}
+"""Full-size networks and long runs, which the command looks at under a perturbation too; here they would
+take too long."""
 
 
 @pytest.fixture(autouse=True)

@@ -29,19 +29,21 @@ class AudioEncoder:
         self.model: Any = load_wav2vec2(folder, device)
         self._device = device
         self._num_frames = 0
+        self._least_samples = _samples_of_one_row(self.model.config)
         self.model.feature_extractor.register_forward_hook(self._stretch)
 
-    def encode(
-        self, tracks: Sequence[Samples], sample_rate: int, fps: float, num_frames: int, *, parity: bool
-    ) -> NDArray[np.float32]:
-        """[speakers, num_frames, layers, channels] of equally long mono recordings."""
-        return np.stack([self.embed(levelled(track, sample_rate), num_frames) for track in tracks])
+    def encode(self, tracks: Sequence[Samples], sample_rate: int, num_frames: int) -> NDArray[np.float32]:
+        """[speakers, num_frames, layers, channels] of equally long mono recordings. Speakers who take turns
+        have silence before or after them, which is left out of the measure of their loudness."""
+        levelled_tracks = (levelled(track, sample_rate, heard(track)) for track in tracks)
+        return np.stack([self.embed(track, num_frames) for track in levelled_tracks])
 
     @torch.inference_mode()
     def embed(self, samples: Samples, num_frames: int) -> NDArray[np.float32]:
         """[num_frames, layers, channels] of one recording."""
         self._num_frames = num_frames
         wave = torch.from_numpy(normalised(samples))[None].to(self._device)
+        wave = nn.functional.pad(wave, (0, max(0, self._least_samples - wave.shape[1])))
         states = self.model(wave, output_hidden_states=True).hidden_states[1:]
         return torch.cat(states).transpose(0, 1).float().cpu().numpy()
 
@@ -50,19 +52,21 @@ class AudioEncoder:
         return nn.functional.interpolate(features, size=self._num_frames, mode="linear", align_corners=True)
 
 
-def levelled(samples: Samples, sample_rate: int) -> Samples:
-    """At the loudness of broadcasts, measured where there is sound at all: speakers who take turns have
-    silence put before or after their recordings. What is silent or too short to measure stays as it is."""
-    heard = np.flatnonzero(samples)
-    if not len(heard):
+def heard(samples: Samples) -> Samples:
+    """From the first sample that is not zero to the last one."""
+    places = np.flatnonzero(samples)
+    return samples[places[0] : places[-1] + 1] if len(places) else samples[:0]
+
+
+def levelled(samples: Samples, sample_rate: int, measured: Samples) -> Samples:
+    """At the loudness of broadcasts, of which `measured` is the part to go by. What is silent or too short to
+    measure stays as it is."""
+    if len(measured) < _MEASURED_S * sample_rate:
         return samples
-    stretch = samples[heard[0] : heard[-1] + 1]
-    if len(stretch) < _MEASURED_S * sample_rate:
+    loudness = loudness_lufs(measured, sample_rate)
+    if not abs(loudness) <= _SILENT_LUFS:
         return samples
-    measured = loudness_lufs(stretch, sample_rate)
-    if not abs(measured) <= _SILENT_LUFS:
-        return samples
-    return (samples * gain(measured)).astype(np.float32)
+    return (samples * gain(loudness)).astype(np.float32)
 
 
 def loudness_lufs(samples: Samples, sample_rate: int) -> float:
@@ -87,3 +91,11 @@ def audio_window(embeddings: NDArray[np.float32], start: int, num_frames: int) -
     around = np.arange(WINDOW) - WINDOW // 2
     rows = start + np.arange(num_frames)[:, None] + around
     return embeddings[:, rows.clip(0, embeddings.shape[1] - 1)]
+
+
+def _samples_of_one_row(config: Any) -> int:
+    """What the convolutions need at least."""
+    count = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        count = (count - 1) * stride + kernel
+    return count

@@ -123,9 +123,8 @@ class MultiTalkBackend:
         num_frames: int,
     ) -> Tensors:
         """`embeddings` [persons, frames, layers, channels] of the whole sound."""
-        mode = self.config.mode
-        count = num_speech_frames(len(tracks[0]) / sample_rate, fps, mode)
-        embeddings = models.encode(tracks, sample_rate, fps, count, parity=mode == "parity")
+        count = num_speech_frames(len(tracks[0]) / sample_rate, fps, self.config.mode)
+        embeddings = models.encode(tracks, sample_rate, count)
         return {"embeddings": embeddings, "num_frames": np.array(num_frames)}
 
     def encode_text(

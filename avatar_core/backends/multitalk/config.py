@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from avatar_core.errors import ConfigError
 
 Mode = Literal["default", "parity"]
-ImageSize = Annotated[int, Field(ge=64, le=960)]
+ImageSize = Annotated[int, Field(ge=48, le=960)]
 
 OFFICIAL_QUANTISED = ("int8", "fp8")
 FLOW_SHIFTS = {480: 7.0, 720: 11.0}

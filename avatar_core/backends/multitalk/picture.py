@@ -13,10 +13,14 @@ from avatar_core.media.face import Face
 
 Picture = NDArray[np.uint8]
 Boxes = Sequence[Sequence[float]]
+Masks = NDArray[np.bool_]
 
 LATENT_PIXELS, TOKEN_PIXELS = 8, 16
 SIDE_STEP = 32
 SMALLEST_SIDE = 64
+
+_FACES_WIDE = 3
+_REACH = 0.4  # of the way to the next face belongs to a person
 
 # Height to width, and both in pixels. The ratios are the rounded ones that a picture's is compared with.
 _SIZES_480 = """0.26:320x1216 0.38:384x1024 0.50:448x896 0.67:512x768 0.82:576x704 1.00:640x640 1.22:704x576
@@ -71,7 +75,7 @@ def speaker_masks(
 ) -> NDArray[np.float32]:
     """1 where the latents of the video show the first speaker, the second, and neither; [3, h, w]. `boxes` in
     pixels of the source, without them two share the picture by halves. Raises `InputError` where the model
-    would find no token of one of the three."""
+    would find no token of one of the three, or one of two speakers."""
     target = video_size(source_width, source_height, image_size)
     return masks_within(target, source_width, source_height, boxes, speakers)
 
@@ -86,36 +90,39 @@ def masks_within(
     given = boxes or halves(source_width, source_height)
     masks = nearest(pixel_masks(target, source_width, source_height, given), latent)
     _check(nearest(masks, (target[0] // TOKEN_PIXELS, target[1] // TOKEN_PIXELS)), given)
-    return masks
+    return masks.astype(np.float32)
 
 
-def pixel_masks(
-    target: tuple[int, int], source_width: int, source_height: int, given: Boxes
-) -> NDArray[np.float32]:
+def pixel_masks(target: tuple[int, int], source_width: int, source_height: int, given: Boxes) -> Masks:
     """[3, H, W] of two boxes and what is in neither."""
-    masks = np.zeros((3, source_height, source_width), np.float32)
+    masks = np.zeros((3, source_height, source_width), np.bool_)
     for mask, box in zip(masks, given, strict=False):
         x_min, y_min, x_max, y_max = (max(0, int(value)) for value in box)
-        mask[y_min:y_max, x_min:x_max] = 1
-    masks[2] = masks[:2].sum(axis=0) == 0
+        mask[y_min:y_max, x_min:x_max] = True
+    masks[2] = ~masks[:2].any(axis=0)
     resized, top, left = covering(source_height, source_width, target)
     return nearest(masks, resized)[:, top : top + target[0], left : left + target[1]]
 
 
 def boxes_of_faces(faces: Sequence[Face], width: int, height: int) -> list[tuple[float, float, float, float]]:
     """A person round each face, [x_min, y_min, x_max, y_max]: three faces wide, from above it to the lower
-    edge, and no further than half way to the next."""
+    edge, and not quite half way to the next, so that background is left between them."""
     boxes = []
-    centres = [(face.box[0] + face.box[2]) / 2 for face in faces]
+    centres = [((face.box[:2] + face.box[2:]) / 2).tolist() for face in faces]
     for face, centre in zip(faces, centres, strict=True):
-        side = float(face.box[2] - face.box[0])
-        left, right = max(0.0, centre - 1.5 * side), min(float(width), centre + 1.5 * side)
-        for other in centres:
-            middle = (centre + other) / 2
-            left, right = (max(left, middle), right) if other < centre else (left, right)
-            right = min(right, middle) if other > centre else right
-        top = max(0.0, float(face.box[1]) - 0.5 * (face.box[3] - face.box[1]))
-        boxes.append((float(left), float(top), float(right), float(height)))
+        x_min, y_min, x_max, y_max = face.box.tolist()
+        half = (x_max - x_min) * _FACES_WIDE / 2
+        box = [max(0.0, centre[0] - half), max(0.0, y_min - (y_max - y_min) / 2)]
+        box += [min(float(width), centre[0] + half), float(height)]
+        for other in (each for each in centres if each != centre):
+            away = [other[axis] - centre[axis] for axis in (0, 1)]
+            axis = 0 if abs(away[0]) >= abs(away[1]) else 1
+            limit = centre[axis] + _REACH * away[axis]
+            if away[axis] > 0:
+                box[axis + 2] = min(box[axis + 2], limit)
+            else:
+                box[axis] = max(box[axis], limit)
+        boxes.append((box[0], box[1], box[2], box[3]))
     return boxes
 
 
@@ -136,20 +143,26 @@ def halves(width: int, height: int) -> Boxes:
     ]
 
 
-def nearest(masks: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    rows = (np.arange(size[0]) * (masks.shape[1] / size[0])).astype(int)
-    columns = (np.arange(size[1]) * (masks.shape[2] / size[1])).astype(int)
+def nearest(masks: Masks, size: tuple[int, int]) -> Masks:
+    """As torch resizes, which reckons places in float32."""
+    rows, columns = (_places(old, new) for old, new in zip(masks.shape[1:], size, strict=True))
     return masks[:, rows][:, :, columns]
 
 
-def _check(token_masks: NDArray[np.float32], boxes: Boxes) -> None:
-    seen = [bool(mask.any()) for mask in token_masks]
+def _places(old: int, new: int) -> NDArray[np.intp]:
+    places = np.arange(new, dtype=np.float32) * (np.float32(old) / np.float32(new))
+    return np.minimum(places.astype(np.intp), old - 1)
+
+
+def _check(token_masks: Masks, boxes: Boxes) -> None:
     listed = [[round(float(value)) for value in box] for box in boxes]
     for number in (0, 1):
-        if not seen[number]:
+        if not token_masks[number].any():
             raise InputError(
                 f"bbox: box {number + 1} {listed[number]} shows nobody: it is too thin, or lies outside what "
                 "of the picture becomes the video; boxes are x_min, y_min, x_max, y_max in picture pixels"
             )
-    if not seen[2]:
+    if (token_masks[0] & token_masks[1]).any():
+        raise InputError(f"bbox: the boxes {listed[0]} and {listed[1]} overlap; give boxes that do not")
+    if not token_masks[2].any():
         raise InputError(f"bbox: {listed} leave no background; give smaller boxes")

@@ -17,8 +17,9 @@ from transformers.utils import logging  # noqa: E402
 
 def load_wav2vec2(folder: Path, device: str) -> Any:
     """Raises `WeightsError`. The file may hold all that was pretrained, of which the encoder is used."""
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what is left over is none of the user's concern
+    logging.disable_progress_bar()
     try:
         load: Any = Wav2Vec2Model.from_pretrained
         model, found = load(
@@ -28,6 +29,8 @@ def load_wav2vec2(folder: Path, device: str) -> Any:
         raise WeightsError(f"the model in {folder} cannot be read: {error}; fetch it again") from error
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(f"the weights in {folder} do not fit Wav2Vec2Model; missing: {', '.join(missing)}")
     return model.to(device).eval().requires_grad_(False)

@@ -53,7 +53,7 @@ def backend(steps: int = 2, **options: Any) -> dict[str, Any]:
     return {
         "name": "multitalk",
         "checkpoint": "multitalk-tiny",
-        "image_size": 64,
+        "image_size": 48,
         "denoise": denoise,
         **options,
     }
@@ -305,8 +305,9 @@ def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: 
     table = write_table(folder / "killed.csv", [{**PAIR, "name": "pair"}])
     store = tmp_path / "store"
     words = ["render", str(table), "backend=multitalk", "preset=tiny", f"storage.root={store}"]
-    settings = {"num_inference_steps": 30, "window_frames": 9, "motion_frames": 5}
+    settings = {"num_inference_steps": 20, "window_frames": 9, "motion_frames": 5}
     words += [f"backend.denoise.{name}={value}" for name, value in settings.items()]
+    words += ["backend.image_size=48"]
     words += [f"runtime.cache_dir={tmp_path / 'cache'}", "runtime.cpus=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *words],

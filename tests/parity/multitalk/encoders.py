@@ -113,7 +113,7 @@ def loudness(golden: Golden) -> Values:
     samples, rate = golden.inputs["wav"].numpy(), golden.settings["sample_rate"]
     measured = loudness_lufs(samples, rate)
     return {
-        "out.wav": torch.from_numpy(levelled(samples, rate)),
+        "out.wav": torch.from_numpy(levelled(samples, rate, samples)),
         "measured_lufs": measured,
         "gain": gain(measured),
         "target": LOUDNESS_LUFS,
@@ -139,7 +139,7 @@ def image_and_masks(golden: Golden) -> Values:
     for number in range(sum(name.endswith(".in") for name in golden.inputs)):
         height, width = shape_of(golden, f"image{number}.out_uint8")[3:]
         fitted = cover(golden.inputs[f"image{number}.in"].numpy(), (height, width))
-        pixels = torch.from_numpy(fitted).permute(2, 0, 1)[None, :, None]
+        pixels = torch.tensor(fitted).permute(2, 0, 1)[None, :, None]
         values |= {f"image{number}.out_uint8": pixels}
         values |= {f"image{number}.out_normalised": as_frame(fitted)[None, :, None]}
     for number, case in enumerate(golden.settings["masks"]):

@@ -23,20 +23,19 @@ def merge_lora(
     parity: bool,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The state, under the official names, with the changes of a LoRA file `scale` times in it. In `parity`
-    as the published code does it: `alpha` is not heeded, pairs named A and B neither, and all is in `dtype`.
-    Raises `WeightsError` for a file that changes nothing of this model."""
+    """The state, under the official names, with the changes of a LoRA file `scale` times in it; what changes
+    gets `dtype`. In `parity` as the published code does it: `alpha` is not heeded, pairs named A and B
+    neither, and all is computed in `dtype` instead of float32. Raises `WeightsError` for a file that changes
+    nothing of this model."""
+    precision = dtype if parity else torch.float32
     merged = dict(state)
     unknown = []
-    for name, change in _changes(lora, parity=parity):
+    for name, change in _changes({n: t.to(precision) for n, t in lora.items()}, parity=parity):
         if name not in state or state[name].shape != change.shape:
             unknown.append(name)
             continue
-        base = merged[name]
-        precision = dtype if parity else torch.float32
-        merged[name] = (base.to(precision) + scale * change.to(precision)).to(dtype if parity else base.dtype)
-    changed = [name for name in merged if merged[name] is not state[name]]
-    if not changed:
+        merged[name] = (merged[name].to(precision) + scale * change).to(dtype)
+    if all(merged[name] is state[name] for name in merged):
         raise WeightsError(
             f"the LoRA has nothing for this model: {len(lora)} tensors, such as {next(iter(lora), 'none')}; "
             "give one made for Wan2.1 14B, with lora_down and lora_up"
@@ -47,6 +46,7 @@ def merge_lora(
 
 
 def _changes(lora: Mapping[str, Tensor], *, parity: bool) -> Iterator[tuple[str, Tensor]]:
+    """Official names, and what is to be added."""
     for name, tensor in lora.items():
         path = name.removeprefix(_PREFIX)
         for suffix, kind in _SUMS.items():
@@ -55,7 +55,12 @@ def _changes(lora: Mapping[str, Tensor], *, parity: bool) -> Iterator[tuple[str,
         for down, up in _PAIRS[:1] if parity else _PAIRS:
             if path.endswith(down):
                 module = name.removesuffix(down)
-                product = lora[module + up].float() @ tensor.float()
-                alpha = None if parity else lora.get(f"{module}.alpha")
-                factor = 1.0 if alpha is None else float(alpha) / tensor.shape[0]
-                yield f"{module.removeprefix(_PREFIX)}.weight", factor * product
+                if module + up not in lora:
+                    raise WeightsError(f"the LoRA has {name} without {module}{up}; fetch it again")
+                yield f"{path.removesuffix(down)}.weight", _product(lora, module, down, up, parity=parity)
+
+
+def _product(lora: Mapping[str, Tensor], module: str, down: str, up: str, *, parity: bool) -> Tensor:
+    product = lora[module + up] @ lora[module + down]
+    alpha = None if parity else lora.get(f"{module}.alpha")
+    return product if alpha is None else product * (float(alpha) / lora[module + down].shape[0])

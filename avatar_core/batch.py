@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from avatar_core.backends.base import Backend, create_backend
-from avatar_core.clips import ClipBuilder, Clips, Source, clip_names, slug
+from avatar_core.clip_names import clip_names, slug
+from avatar_core.clips import ClipBuilder, Clips, Source
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
 from avatar_core.media.documents import SILENCE

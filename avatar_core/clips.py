@@ -7,21 +7,20 @@ that need the same picture or recording share its items, because their keys are 
 import dataclasses
 import json
 import math
-import re
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from slugify import slugify
 
 from avatar_core import weights
 from avatar_core.backends.base import Backend, WindowedBackend
+from avatar_core.clip_items import chained, stage_items
+from avatar_core.clip_names import numbered_name
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import InputError
 from avatar_core.media.row_sources import combination_of, picture_of, recordings_of
@@ -45,13 +44,10 @@ from avatar_core.store.keys import (
     row_content,
 )
 
-MAX_NAME_BYTES = 120
-TEXT_CHARS = 40  # of a text to be said, in the name of its clip
 RECENT = 4096  # items kept for the rows that follow
 STAGES = ("face", "audio", "text", "reference", "denoise", "decode")
 """Stages after ingest, in the order in which they run; a backend may leave `text` out."""
 
-_NUMBER = re.compile(r"(-take\d+)?(-part\d+)?$")
 _NO_KEY = bytes(32)
 
 
@@ -83,49 +79,6 @@ class Clip:
         if stage == "denoise" and self.windows:
             return self.windows
         return (self.items[stage],) if stage in self.items else ()
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Items that continue each other: the `window` of each and the item `previous` to it, -1 for the first;
-    shape (items,)."""
-
-    window: NDArray[np.intc]
-    previous: NDArray[np.intc]
-
-    @cached_property
-    def links(self) -> list[tuple[NDArray[np.intp], NDArray[np.intc]]]:
-        """Items and those that they continue, by window: from the second to the last."""
-        order = np.argsort(self.window, kind="stable")
-        _, *later = np.split(order, np.flatnonzero(np.diff(self.window[order])) + 1)
-        return [(items, self.previous[items]) for items in later]
-
-    def onwards(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """What is true of an item or of one before it."""
-        flags = flags.copy()
-        for items, previous in self.links:
-            flags[items] |= flags[previous]
-        return flags
-
-    def backwards(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """What is true of an item or of one after it."""
-        flags = flags.copy()
-        for items, previous in reversed(self.links):
-            flags[previous[flags[items]]] = True
-        return flags
-
-
-@dataclass(frozen=True)
-class StageItems:
-    """The items of one stage that the clips need: `keys` (binary, sorted), `work` and the `first` clip of
-    each, shape (items,); `of_clip` is the item of each clip, the last one of a `chain`, shape (clips,), -1
-    where the row is rejected."""
-
-    keys: NDArray[np.bytes_]
-    work: NDArray[np.float64]
-    first: NDArray[np.intc]
-    of_clip: NDArray[np.intc]
-    chain: Chain | None = None
 
 
 class Clips(Sequence[Clip]):
@@ -170,9 +123,9 @@ class Clips(Sequence[Clip]):
                 self._nth.append(nth)
                 self._split.append(parts > 0)
                 windows.append(len(clip.windows) or 1)
-        self.stages = {stage: _stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
+        self.stages = {stage: stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
         if builder.windowed:
-            self.stages["denoise"] = _chained(self.stages["denoise"], np.asarray(windows))
+            self.stages["denoise"] = chained(self.stages["denoise"], np.asarray(windows))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -195,7 +148,7 @@ class Clips(Sequence[Clip]):
 
     def name(self, index: int) -> str:
         part = self.part[index] if self._split[index] else None
-        return _numbered(self.names[self.position[index]], self.take[index], part)
+        return numbered_name(self.names[self.position[index]], self.take[index], part)
 
     def keys(self, stage: str) -> NDArray[np.bytes_]:
         """The binary key of each clip's item of a stage, shape (clips,); empty where the row is rejected."""
@@ -239,30 +192,6 @@ class Clips(Sequence[Clip]):
     def assets(self) -> set[str]:
         """SHA-256 of every picture and recording that the batch stands on."""
         return {source.asset.sha256 for source in self._builder.sources.values() if source.asset}
-
-
-def _stage_items(keys: bytearray, work: "array[float]") -> StageItems:
-    found, first, of_clip = np.unique(np.frombuffer(keys, KEY), return_index=True, return_inverse=True)
-    absent = int(len(found) > 0 and found[0] == b"")
-    first = first[absent:]
-    return StageItems(
-        found[absent:], np.asarray(work)[first], first.astype(np.intc), (of_clip - absent).astype(np.intc)
-    )
-
-
-def _chained(entries: StageItems, windows: NDArray[np.intc]) -> StageItems:
-    """The items of `entries` for each window of each clip, given the number of `windows` of each clip."""
-    ends = np.cumsum(windows)
-    clips = np.repeat(np.arange(len(windows), dtype=np.intc), windows)
-    item = entries.of_clip
-    within = np.arange(len(item), dtype=np.intc) - (ends - windows)[clips].astype(np.intc)
-    window, previous = np.zeros((2, len(entries.keys)), np.intc)
-    previous -= 1
-    accepted, later = item >= 0, np.flatnonzero(within)
-    window[item[accepted]] = within[accepted]
-    previous[item[later]] = item[later - 1]
-    first, last = clips[entries.first], item[ends - 1]
-    return replace(entries, first=first, of_clip=last, chain=Chain(window, previous))
 
 
 class ClipBuilder:
@@ -318,7 +247,7 @@ class ClipBuilder:
             take_seed = seed if take == 0 else derive_seed(seed, take)
             for part, segment in enumerate(segments):
                 part_seed = take_seed if part == 0 else derive_seed(take_seed, "part", part)
-                part_name = _numbered(name, take, part if len(segments) > 1 else None)
+                part_name = numbered_name(name, take, part if len(segments) > 1 else None)
                 items, windows = self._items(row, segment, part_seed)
                 yield Clip(row, part_name, take, part, part_seed, items, windows=windows)
 
@@ -526,56 +455,6 @@ def cut(duration_s: float, combine: Any, config: Config, fps: float) -> list[Seg
     parts = math.ceil(duration_s / limit)
     edges = [round(duration_s * k / parts * fps) / fps for k in range(parts)] + [duration_s]
     return [Segment(stop - start, start, combine) for start, stop in pairwise(edges)]
-
-
-def clip_names(rows: TableRows, *, numbered: bool = False) -> tuple[list[str], list[str]]:
-    """A file name for each row, unique whatever the case of its letters, and warnings about doubled ones.
-
-    `numbered`: rows may have several takes or parts, whose names must be free too.
-    """
-    names: list[str] = []
-    warnings: list[str] = []
-    taken: set[str] = set()
-    used: Counter[str] = Counter()  # numbers given to a name so far
-    columns = ("index", "name", "image", "video", "audio", "tts_text")
-    for index, given, image, video, audio, text in rows.columns(*columns):
-        wanted = slug(given or f"{_stem(image or video or '')}-{text[:TEXT_CHARS] if text else _stem(audio)}")
-        name = wanted
-        while not taken.isdisjoint(_claimed(name, numbered)):
-            used[wanted.casefold()] += 1
-            name = f"{_shortened(wanted, 8)}-{used[wanted.casefold()] + 1}"
-        if name != wanted and given:
-            warnings.append(f"row {index + 1}: name `{wanted}` is already used; this clip is called `{name}`")
-        taken |= _claimed(name, numbered)
-        names.append(name)
-    return names, warnings
-
-
-def _claimed(name: str, numbered: bool) -> set[str]:
-    """`a-take2` may also be the second take of `a`, so it claims that name as well."""
-    name = name.casefold()
-    return {name, _NUMBER.sub("", name)} if numbered else {name}
-
-
-def slug(text: str) -> str:
-    """A safe file name: no separators, no leading dots, at most `MAX_NAME_BYTES` minus room for numbers."""
-    name = slugify(text, lowercase=False, allow_unicode=True, regex_pattern=r"[^\w.-]+").strip(".-")
-    while ".." in name:
-        name = name.replace("..", ".")
-    return _shortened(name, 24) or "clip"
-
-
-def _shortened(name: str, reserve: int) -> str:
-    return name.encode()[: MAX_NAME_BYTES - reserve].decode(errors="ignore").rstrip(".-")
-
-
-def _numbered(name: str, take: int, part: int | None) -> str:
-    take_suffix = f"-take{take + 1}" if take else ""
-    return name + take_suffix + (f"-part{part + 1}" if part is not None else "")
-
-
-def _stem(uri: str) -> str:
-    return uri.rstrip("/").rpartition("/")[2].rpartition(".")[0] or uri.rpartition("/")[2]
 
 
 def _sound_format(recordings: Sequence[Source]) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from avatar_core.clips import STAGES, Clips, slug
+from avatar_core.clip_names import slug
+from avatar_core.clips import STAGES, Clips
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.store.storage import Storage

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from avatar_core.batch import open_batch
-from avatar_core.clips import clip_names, cut, slug
+from avatar_core.clip_names import clip_names, slug
+from avatar_core.clips import cut
 from avatar_core.config import Config, parse
 from avatar_core.errors import InputError
 from avatar_core.media.table import parse_rows

@@ -3,10 +3,8 @@
 Its items stand beside those of ingest, since a clip is planned only once its length is known.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from avatar_core import weights
 from avatar_core.config import Config, nearest
@@ -16,6 +14,7 @@ from avatar_core.media.audio import AudioLimits, probe_audio, write_wav
 from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.stages.ingest import IngestStage
 from avatar_core.store.keys import config_values, digest, item_key
+from avatar_core.weights.ensure import write_once
 from avatar_core.weights.record import hash_file
 
 KIND = "speech"
@@ -69,7 +68,9 @@ def prepare(config: Config, voices: list[str]) -> None:
     kokoro.check_installed(voices)
     checkpoint = config.tts.checkpoint
     if checkpoint == _TINY and not weights.present(_TINY):
-        _write_tiny()
+        from avatar_core.media.kokoro_tiny import write_tiny_checkpoint
+
+        write_once(weights.folder() / _TINY, write_tiny_checkpoint)
     if not weights.present(checkpoint):
         raise WeightsError(
             f"tts_text needs the weights {checkpoint!r}, which are not in {weights.folder() / checkpoint}; "
@@ -102,14 +103,3 @@ def _voice_file(voice: str, checkpoint: str) -> Path:
             f"{nearest(voice, known)}"
         )
     return path
-
-
-def _write_tiny() -> None:
-    """Whole or not at all: another run may be at the same."""
-    from avatar_core.media.kokoro_tiny import write_tiny_checkpoint
-
-    folder = weights.folder() / _TINY
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(OSError), TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as scratch:
-        write_tiny_checkpoint(Path(scratch) / _TINY)
-        (Path(scratch) / _TINY).rename(folder)

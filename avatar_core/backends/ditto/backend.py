@@ -4,10 +4,8 @@ Planning must start fast, so what computes (torch, onnxruntime) is imported by t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,8 +16,9 @@ from avatar_core import weights
 from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.backends.ditto.config import STAGES, DittoConfig, chosen
 from avatar_core.backends.ditto.files import model_file, model_files
-from avatar_core.errors import InputError, WeightsError, about
+from avatar_core.errors import InputError, about
 from avatar_core.media.face import Face
+from avatar_core.weights.ensure import ensure
 
 FPS = 25
 MAX_SOURCE_FRAMES = 1000
@@ -49,18 +48,7 @@ class DittoBackend:
     def resolve(self) -> "DittoBackend":
         checkpoint = self.config.checkpoint
         used = [name for stage in STAGES for name in self.weights(stage, getattr(self.config, stage))]
-        names = list(dict.fromkeys(used))
-        if checkpoint == _TINY and not all(map(weights.present, names)):
-            _write_tiny()
-        absent = [name for name in names if name.startswith(checkpoint) and not weights.present(name)]
-        if len(absent) > 1:
-            parts = ", ".join(name.partition("/")[2] for name in absent)
-            raise WeightsError(
-                f"weights {checkpoint!r}: {parts} not found in {weights.folder() / checkpoint}; "
-                f"run: {weights.remedy(checkpoint)}"
-            )
-        for name in names:
-            weights.locate(name)
+        ensure(checkpoint, list(dict.fromkeys(used)), _write_tiny if checkpoint == _TINY else None)
         if self.config.official_config:
             self._official_config()
         return self
@@ -226,16 +214,7 @@ class DittoBackend:
         return rendered_frames(models, composer, reference, conditions["denoise"], config.batch_frames)
 
 
-def _write_tiny() -> None:
-    """Where there is none yet, whole or not at all: a run may be killed, or another be at the same."""
+def _write_tiny(folder: Path) -> None:
     from avatar_core.backends.ditto.tiny import write_tiny_checkpoint
 
-    folder = weights.folder() / _TINY
-    if folder.exists():
-        write_tiny_checkpoint(folder)
-        return
-    with suppress(OSError):  # if it is then absent, its finder says so
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as scratch:
-            write_tiny_checkpoint(Path(scratch) / _TINY)
-            (Path(scratch) / _TINY).rename(folder)
+    write_tiny_checkpoint(folder)

@@ -5,9 +5,7 @@ use it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,10 +17,11 @@ from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.backends.hunyuan.audio import WhisperEncoder, clip_windows, num_rows, parity_num_frames
 from avatar_core.backends.hunyuan.config import HunyuanConfig
 from avatar_core.backends.hunyuan.picture import face_mask, fit_picture, latent_mask
-from avatar_core.errors import WeightsError, about
+from avatar_core.errors import about
 from avatar_core.media.face import Face, choose
 from avatar_core.media.face_torchscript import TorchScriptFaceDetector
 from avatar_core.optional_packages import hide_broken_packages
+from avatar_core.weights.ensure import ensure
 
 _STAGES = ("audio", "text", "reference", "denoise", "decode")
 _TINY = "hunyuan-tiny"
@@ -50,18 +49,7 @@ class HunyuanBackend:
     def resolve(self) -> "HunyuanBackend":
         checkpoint = self.config.checkpoint
         used = [name for stage in _STAGES for name in self.weights(stage, getattr(self.config, stage))]
-        names = list(dict.fromkeys(used))
-        if checkpoint == _TINY and not all(map(weights.present, names)):
-            _write_tiny()
-        absent = [name for name in names if not weights.present(name)]
-        if len(absent) > 1:
-            parts = ", ".join(name.partition("/")[2] for name in absent)
-            raise WeightsError(
-                f"weights {checkpoint!r}: {parts} not found in {weights.folder() / checkpoint}; "
-                f"run: {weights.remedy(checkpoint)}"
-            )
-        for name in names:
-            weights.locate(name)
+        ensure(checkpoint, list(dict.fromkeys(used)), _write_tiny if checkpoint == _TINY else None)
         return self
 
     def weights(self, stage: str, config: Any) -> tuple[str, ...]:
@@ -220,17 +208,8 @@ def _load_vae(folder: Path, device: str) -> Any:
     return load_vae(folder, device, torch.float16 if device.startswith("cuda") else torch.float32)
 
 
-def _write_tiny() -> None:
-    """Where there is none yet, whole or not at all: a run may be killed, or another be at the same."""
+def _write_tiny(folder: Path) -> None:
     hide_broken_packages()
     from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 
-    folder = weights.folder() / _TINY
-    if folder.exists():
-        write_tiny_checkpoint(folder)
-        return
-    with suppress(OSError):  # if it is then absent, its finder says so
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as scratch:
-            write_tiny_checkpoint(Path(scratch) / _TINY)
-            (Path(scratch) / _TINY).rename(folder)
+    write_tiny_checkpoint(folder)

@@ -5,9 +5,7 @@ use it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,9 +17,10 @@ from avatar_core.backends.base import Picture, ReportStep, Tensors
 from avatar_core.backends.multitalk.config import OFFICIAL_QUANTISED, DenoiseConfig, MultiTalkConfig
 from avatar_core.backends.multitalk.picture import boxes_of_faces, fit_picture, speaker_masks
 from avatar_core.backends.multitalk.windows import num_speech_frames, num_video_frames, num_windows
-from avatar_core.errors import WeightsError, about
+from avatar_core.errors import about
 from avatar_core.media.face import Face
 from avatar_core.optional_packages import hide_broken_packages
+from avatar_core.weights.ensure import ensure
 
 _STAGES = ("audio", "text", "reference", "denoise", "decode")
 _TINY = "multitalk-tiny"
@@ -48,18 +47,7 @@ class MultiTalkBackend:
     def resolve(self) -> "MultiTalkBackend":
         checkpoint = self.config.checkpoint
         used = [name for stage in _STAGES for name in self.weights(stage, getattr(self.config, stage))]
-        names = list(dict.fromkeys(used))
-        if checkpoint == _TINY and not all(map(weights.present, names)):
-            _write_tiny()
-        absent = [name for name in names if not weights.present(name)]
-        if len(absent) > 1:
-            parts = ", ".join(name.partition("/")[2] for name in absent)
-            raise WeightsError(
-                f"weights {checkpoint!r}: {parts} not found in {weights.folder() / checkpoint}; "
-                f"run: {weights.remedy(checkpoint)}"
-            )
-        for name in names:
-            weights.locate(name)
+        ensure(checkpoint, list(dict.fromkeys(used)), _write_tiny if checkpoint == _TINY else None)
         return self
 
     def weights(self, stage: str, config: Any) -> tuple[str, ...]:
@@ -228,17 +216,8 @@ def _load_decoder(name: str, device: str) -> Any:
     return WindowDecoder(load_vae(weights.locate(name), device), device)
 
 
-def _write_tiny() -> None:
-    """Where there is none yet, whole or not at all: a run may be killed, or another be at the same."""
+def _write_tiny(folder: Path) -> None:
     hide_broken_packages()
     from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
 
-    folder = weights.folder() / _TINY
-    if folder.exists():
-        write_tiny_checkpoint(folder)
-        return
-    with suppress(OSError):  # if it is then absent, its finder says so
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as scratch:
-            write_tiny_checkpoint(Path(scratch) / _TINY)
-            (Path(scratch) / _TINY).rename(folder)
+    write_tiny_checkpoint(folder)

@@ -103,7 +103,9 @@ def load_text_encoder(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     folder = wan_folder(name)
     sizes = _sizes(folder, "text")
     state = _read_quantised(name) if name.endswith("-int8") else read_checkpoint(folder / TEXT_FILE)
-    return _loaded(lambda: build_text_encoder(sizes), state, text_name_map(sizes), device, dtype)
+    model = _loaded(lambda: build_text_encoder(sizes), state, text_name_map(sizes), device, dtype)
+    model.tie_weights()  # the embedding has two names, and once its 2 GB are enough
+    return model
 
 
 def load_clip(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:

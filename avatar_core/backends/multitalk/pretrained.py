@@ -33,4 +33,9 @@ def load_wav2vec2(folder: Path, device: str) -> Any:
             logging.enable_progress_bar()
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(f"the weights in {folder} do not fit Wav2Vec2Model; missing: {', '.join(missing)}")
+    if model.config.do_stable_layer_norm:
+        raise WeightsError(
+            f"{folder}/config.json: do_stable_layer_norm=true is that of another wav2vec2, whose last layer "
+            "is not normalised; MultiTalk hears by chinese-wav2vec2-base"
+        )
     return model.to(device).eval().requires_grad_(False)

@@ -4,7 +4,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from avatar_core.backends.multitalk.lrope import key_positions, query_positions, rotate
+from avatar_core.backends.multitalk.lrope import key_positions, rotate
 
 _EARLY, _CENTRE, _LATE = slice(0, 3), slice(2, 3), slice(2, 5)
 _OF_GROUP = (_EARLY, _CENTRE, _CENTRE, _LATE)
@@ -53,16 +53,16 @@ class AudioCrossAttention(nn.Module):
         self.kv_linear = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, hidden_states: Tensor, context: Tensor, seen: Tensor | None) -> Tensor:
-        """Tokens [1, L, dim] of T frames and sound [T, tokens, width]; `seen` is the map of the speakers
-        where there are two, whose tokens follow each other in `context`."""
+    def forward(self, hidden_states: Tensor, context: Tensor, positions: Tensor | None) -> Tensor:
+        """Tokens [1, L, dim] of T frames and sound [T, tokens, width]; `positions` [L] are those
+        of the tokens where there are two speakers, whose sounds follow each other in `context`."""
         frames = context.shape[0]
         query = self.q_linear(hidden_states).view(
             frames, -1, self.heads, hidden_states.shape[2] // self.heads
         )
         key, value = self.kv_linear(context).unflatten(2, (2, self.heads, -1)).unbind(2)
-        if seen is not None:
-            query = rotate(query, query_positions(seen).view(frames, -1))
+        if positions is not None:
+            query = rotate(query, positions.view(frames, -1))
             key = rotate(key, key_positions(context.shape[1], key.device))
         attended = dispatch_attention_fn(query, key, value)
         return self.proj(attended.flatten(2).reshape(hidden_states.shape))

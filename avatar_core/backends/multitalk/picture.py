@@ -77,20 +77,22 @@ def speaker_masks(
     pixels of the source, without them two share the picture by halves. Raises `InputError` where the model
     would find no token of one of the three, or one of two speakers."""
     target = video_size(source_width, source_height, image_size)
-    return masks_within(target, source_width, source_height, boxes, speakers)
+    masks = masks_within(target, source_width, source_height, boxes, speakers)
+    if speakers > 1:
+        tokens = nearest(masks > 0, (target[0] // TOKEN_PIXELS, target[1] // TOKEN_PIXELS))
+        _check(tokens, boxes or halves(source_width, source_height))
+    return masks
 
 
 def masks_within(
     target: tuple[int, int], source_width: int, source_height: int, boxes: Boxes | None, speakers: int
 ) -> NDArray[np.float32]:
-    """As `speaker_masks`, for a video of any height and width."""
+    """As `speaker_masks`, for a video of any height and width and boxes of any kind."""
     latent = (target[0] // LATENT_PIXELS, target[1] // LATENT_PIXELS)
     if speakers == 1:
         return np.ones((3, *latent), np.float32)
     given = boxes or halves(source_width, source_height)
-    masks = nearest(pixel_masks(target, source_width, source_height, given), latent)
-    _check(nearest(masks, (target[0] // TOKEN_PIXELS, target[1] // TOKEN_PIXELS)), given)
-    return masks.astype(np.float32)
+    return nearest(pixel_masks(target, source_width, source_height, given), latent).astype(np.float32)
 
 
 def pixel_masks(target: tuple[int, int], source_width: int, source_height: int, given: Boxes) -> Masks:

@@ -9,7 +9,6 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
     WanRotaryPosEmbed,
     WanTimeTextImageEmbedding,
     WanTransformerBlock,
@@ -21,10 +20,11 @@ from avatar_core.backends.multitalk.audio_layers import (
     AudioProjection,
     join_speakers,
 )
-from avatar_core.backends.multitalk.lrope import attention_map
+from avatar_core.backends.multitalk.lrope import attention_map, query_positions
 
 PATCH = (1, 2, 2)
 Rotary = tuple[Tensor, Tensor]
+Modulation = tuple[Tensor, ...]  # shift, scale and gate of the attention, and of the feed-forward part
 
 FLOAT32_MODULES = (
     "condition_embedder.time_embedder.",
@@ -75,6 +75,12 @@ class Conditions:
     audio: Tensor
     token_masks: Tensor | None
 
+    def positions(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """[L] of the tokens, by which of two speakers they show; of query and key [1, L, heads, d]."""
+        if self.token_masks is None:
+            return None
+        return query_positions(attention_map(query, key, self.token_masks))
+
 
 RunBlocks = Callable[[Tensor], Tensor]
 Cache = Callable[[Tensor, Tensor, RunBlocks], Tensor]
@@ -105,28 +111,47 @@ class MultiTalkBlock(WanTransformerBlock):
         self, hidden_states: Tensor, time: Tensor, conditions: Conditions, rotary: Rotary
     ) -> Tensor:
         """`time` [1, 6, dim]; float32, as is all that scales and shifts."""
-        modulation = (self.scale_shift_table + time).chunk(6, dim=1)
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+        modulation = self.modulation(time)
+        query, key, value = self.heads(hidden_states, rotary, modulation)
+        positions = conditions.positions(query, key)
+        attended = dispatch_attention_fn(query, key, value)
+        hidden_states = self.attend(hidden_states, attended, conditions.context, modulation)
+        hidden_states = self.listen(hidden_states, conditions.audio, positions)
+        return self.feed_forward(hidden_states, modulation)
+
+    # What follows computes every token by itself.
+
+    def modulation(self, time: Tensor) -> Modulation:
+        return (self.scale_shift_table + time).chunk(6, dim=1)
+
+    def heads(
+        self, hidden_states: Tensor, rotary: Rotary, modulation: Modulation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [1, L, heads, d]."""
+        shift, scale, *_ = modulation
         normed = (self.norm1(hidden_states).float() * (1 + scale) + shift).type_as(hidden_states)
-        attended, seen = _self_attention(self.attn1, normed, rotary, conditions.token_masks)
-        hidden_states = (hidden_states.float() + attended * gate).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), conditions.context)
-        hidden_states = hidden_states + self.audio_cross_attn(
-            self.norm_x(hidden_states), conditions.audio, seen
-        )
-        normed = (self.norm3(hidden_states).float() * (1 + ff_scale) + ff_shift).type_as(hidden_states)
-        return (hidden_states.float() + self.ffn(normed) * ff_gate).type_as(hidden_states)
+        attn, shape = self.attn1, (self.attn1.heads, -1)
+        query = rotated(attn.norm_q(attn.to_q(normed)).unflatten(2, shape), rotary)
+        key = rotated(attn.norm_k(attn.to_k(normed)).unflatten(2, shape), rotary)
+        return query, key, attn.to_v(normed).unflatten(2, shape)
 
+    def attend(
+        self, hidden_states: Tensor, attended: Tensor, context: Tensor, modulation: Modulation
+    ) -> Tensor:
+        gate = modulation[2]
+        to_out: Any = self.attn1.to_out
+        added = to_out[0](attended.flatten(2)) * gate
+        hidden_states = (hidden_states.float() + added).type_as(hidden_states)
+        return hidden_states + self.attn2(self.norm2(hidden_states), context)
 
-def _self_attention(
-    attn: WanAttention, hidden_states: Tensor, rotary: Rotary, token_masks: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Also how much each token looks at each speaker, where there are two."""
-    query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-    query, key = (rotated(states.unflatten(2, (attn.heads, -1)), rotary) for states in (query, key))
-    value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-    seen = None if token_masks is None else attention_map(query, key, token_masks)
-    return attn.to_out[0](dispatch_attention_fn(query, key, value).flatten(2)), seen
+    def listen(self, hidden_states: Tensor, audio: Tensor, positions: Tensor | None) -> Tensor:
+        """Of whole frames."""
+        return hidden_states + self.audio_cross_attn(self.norm_x(hidden_states), audio, positions)
+
+    def feed_forward(self, hidden_states: Tensor, modulation: Modulation) -> Tensor:
+        *_, shift, scale, gate = modulation
+        normed = (self.norm3(hidden_states).float() * (1 + scale) + shift).type_as(hidden_states)
+        return (hidden_states.float() + self.ffn(normed) * gate).type_as(hidden_states)
 
 
 def rotated(states: Tensor, rotary: Rotary) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from avatar_core import weights
 from avatar_core.backends.base import ReportStep
 from avatar_core.backends.multitalk.audio import audio_window
+from avatar_core.backends.multitalk.chunked_blocks import run_in_chunks
 from avatar_core.backends.multitalk.clip import clip_features
 from avatar_core.backends.multitalk.colour import match_colour
 from avatar_core.backends.multitalk.config import DenoiseConfig
@@ -130,6 +131,8 @@ def load_window_denoiser(
         parity=config.mode == "parity",
         cast=_CASTS.get(config.transformer),
     )
+    if level.row_chunks:
+        run_in_chunks(transformer)
     place(transformer, level, device, _STACKS)
     compile_blocks(transformer, level, device, _STACKS)
     heads = transformer.config

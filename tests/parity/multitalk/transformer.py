@@ -142,12 +142,12 @@ def lrope(golden: Golden) -> Values:
     attention = AudioCrossAttention(settings["dim"], settings["heads"], settings["encoder_dim"])
     prefix = "attn.weight."
     load_strict(attention, {name.removeprefix(prefix): tensor for name, tensor in golden.weights.items()})
-    tokens, seen = inputs["attn.in.x"], inputs["attn.in.x_ref_attn_map"]
+    tokens, positions = inputs["attn.in.x"], query_positions(inputs["attn.in.x_ref_attn_map"])
     return {
         "rope1d.out": turned,
-        "attn.inter.query_positions": query_positions(seen),
+        "attn.inter.query_positions": positions,
         "attn.out.1p": attention(tokens, inputs["attn.in.audio_1p"][0], None),
-        "attn.out.2p": attention(tokens, inputs["attn.in.audio_2p"][0], seen),
+        "attn.out.2p": attention(tokens, inputs["attn.in.audio_2p"][0], positions),
         "map.out": attention_map(inputs["map.in.q"], inputs["map.in.k"], inputs["map.in.token_masks"]),
     }
 

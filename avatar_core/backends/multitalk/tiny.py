@@ -5,10 +5,8 @@ shows nothing, but it depends on the picture, the sound, the prompt, the seed an
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +81,6 @@ CLIP = {
 }
 VAE = {"base_dim": 4, "num_res_blocks": 1}
 
-# By which the usual random weights grow, so that picture and sound show in the video as the prompt does.
-_GAINS: Mapping[str, float] = {}
-
 
 def write_tiny_checkpoint(folder: Path, *, seed: int = 0, scale: float = 1.0) -> None:
     """Write all files below `folder`, in place of those of an earlier call. `scale` multiplies the spread of
@@ -120,10 +115,9 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0, scale: float = 1.0) ->
 def _write_transformer(folder: Path, scale: float) -> None:
     model = MultiTalkTransformer(TRANSFORMER)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            gains = [gain for pattern, gain in _GAINS.items() if fnmatchcase(name, pattern)]
+        for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(scale * math.prod(gains))
+                parameter.mul_(scale)
     official = undo_rename(model.state_dict(), transformer_name_map(TRANSFORMER))
     audio = {name: tensor for name, tensor in official.items() if _is_audio_layer(name)}
     base = {name: tensor for name, tensor in official.items() if name not in audio}

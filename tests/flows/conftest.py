@@ -24,12 +24,12 @@ class PrefectServer:
     environment: dict[str, str] = field(repr=False)
 
     def get(self, path: str) -> Any:
-        return self._answer(httpx.get(f"{self.address}/api/{path}", timeout=30))
+        return self._answer(httpx.get(f"{self.address}/api/{path}", timeout=90))
 
     def post(self, path: str, body: Any) -> Any:
         """A busy database answers 503, at which Prefect's own client tries again too."""
         for _ in range(20):
-            response = httpx.post(f"{self.address}/api/{path}", json=body, timeout=30)
+            response = httpx.post(f"{self.address}/api/{path}", json=body, timeout=90)
             if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(0.5)

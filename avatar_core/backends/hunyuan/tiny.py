@@ -279,12 +279,12 @@ class CentralFace(nn.Module):
 
 
 def _write_detector(folder: Path) -> None:
-    """Without the notes on where the source lies: the same bytes on every machine."""
+    """Without what tells where the source lies, and the hash of that: the same bytes on every machine."""
     script = io.BytesIO()
     torch.jit.save(torch.jit.script(CentralFace().eval()), script)
     with zipfile.ZipFile(script) as full, zipfile.ZipFile(folder / "detface.pt", "w") as lean:
         for entry in full.infolist():
-            if not entry.filename.endswith(".debug_pkl"):
+            if not entry.filename.endswith((".debug_pkl", "/serialization_id")):
                 lean.writestr(entry, full.read(entry))
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ def test_the_same_seed_gives_the_same_bytes_anywhere(tiny: Path, tmp_path: Path)
     write_tiny_checkpoint(tmp_path / "other", seed=1)
     name = f"{VIDEO}/transformers/mp_rank_00_model_states.pt"
     assert contents(tmp_path / "other")[name] != contents(tiny)[name]
+
+
+def test_the_detector_does_not_tell_where_its_source_lies(tiny: Path) -> None:
+    """Else its bytes, and with them keys, would differ between two checkouts."""
+    (path,) = tiny.rglob("detface.pt")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    assert any(name.endswith("hunyuan/tiny.py") for name in names)
+    assert not [name for name in names if name.endswith((".debug_pkl", "serialization_id"))]
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:

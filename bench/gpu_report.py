@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from processor import processor
 from rich.console import Console
 
 from avatar_core.memory import ATTENTION_KERNELS, GIB, attention_kernel, free_device_memory, kernel_problem
@@ -59,14 +60,14 @@ class Machine:
     def seconds(self, call: Callable[[], object], repeats: int | None = None) -> float:
         """Median, after a call that is not counted."""
         call()
-        times = []
-        for _ in range(repeats or self.repeats):
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return statistics.median(self.seconds_once(call) for _ in range(repeats or self.repeats))
+
+    def seconds_once(self, call: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - start
 
     @property
     def memory_gib(self) -> float:
@@ -226,7 +227,7 @@ def about(machine: Machine) -> list[str]:
 
 def _gpu(machine: Machine) -> str:
     if not machine.on_gpu:
-        return "CPU: figures at toy size say nothing"
+        return f"CPU: {torch.get_num_threads()} threads, {processor()}; figures at toy size say nothing"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]

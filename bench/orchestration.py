@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from PIL import Image
+from processor import processor
 from rich.console import Console
 from rich.table import Table
 from yardsticks import assets, pairs
@@ -465,16 +466,10 @@ def about() -> list[str]:
     words = ["python", "bench/orchestration.py", *sys.argv[1:]]
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load average {os.getloadavg()[0]:.1f}",
-        f"{len(os.sched_getaffinity(0))} cores, {_processor()}",
+        f"{len(os.sched_getaffinity(0))} cores, {processor()}",
         f"Python {platform.python_version()}, {versions}",
         f"`{shlex.join(words)}`",
     ]
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _cells(figure: Figure) -> list[str]:

@@ -248,9 +248,11 @@ class DittoStream:
         """Key points of the frames, no more than `wanted` in all."""
         for block in blocks:
             left = len(block) if wanted is None else wanted - self._num_frames
-            vectors, size = block[: max(0, left)], self._settings.batch_frames
-            for start in range(0, len(vectors), size):
-                self._key_points.put(self._pairs(motion, vectors[start : start + size]))
+            vectors = block[: max(0, left)]
+            while len(vectors):
+                size = self._settings.batch_frames if self._num_frames else 1  # the first waits for no other
+                self._key_points.put(self._pairs(motion, vectors[:size]))
+                vectors = vectors[size:]
 
     def _pairs(self, motion: OnlineMotion, vectors: Array) -> _KeyPoints:
         if self._stitch is None:
@@ -281,8 +283,9 @@ class DittoStream:
         renderer = self._models.renderer
         volumes = renderer.volumes(self._avatar.features)
         if renderer.device.type == "cuda":  # kernels are chosen, or compiled, before the speech has come
-            still = np.repeat(keypoints(frame(self._avatar.motion, 0)), self._settings.batch_frames, axis=0)
-            renderer.render(volumes, still, still, [0] * len(still))
+            for size in (1, self._settings.batch_frames):
+                still = np.repeat(keypoints(frame(self._avatar.motion, 0)), size, axis=0)
+                renderer.render(volumes, still, still, [0] * size)
         for x_s, x_d, source_frames in self._key_points:
             images = renderer.render(volumes, x_s, x_d, source_frames)
             self._rendered.put(_Rendered(images, source_frames, _event(renderer.device)))

@@ -4,12 +4,12 @@
     python bench/ditto.py --cpu --only networks     # full size on the CPU: seconds a frame
     python bench/ditto.py --tiny                    # all of it, at toy size on the CPU
 
-Parts: `networks` one by one; `rendering` of frames, in batches and variants; `batches` against single
-frames in turn, for unsteady machines; `motion`, a window of 80 frames; `decode` with putback, as a render of a
-table does it; `stream`, first frame after its speech has arrived, and sustained speed; `cold`, from the start
-of a process to its first frame. HuBERT is a random model of the published file's size (which needs
-transformers), in `cold` a small one. A share is that of the dense bfloat16 rate measured on this machine.
-`--save` keeps the tables in bench/results/ditto.md.
+Parts: `networks` one by one; `rendering` of frames, in batches and variants; `batches` against single frames
+in turn, for unsteady machines; `motion`, a window of 80 frames; `decode` with putback, as a render of a table
+does it; `stream`, first frame after its speech has arrived, and sustained speed; `cold`, from the start of a
+process to its first frame. HuBERT is a random model of the published file's size (which needs transformers),
+in `cold` a small one. A share is that of the dense bfloat16 rate measured on this machine. `--save` keeps the
+tables in bench/results/ditto.md.
 """
 
 import argparse

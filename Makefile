@@ -4,7 +4,9 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 UV ?= uv
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile -c constraints.txt
+# pip compiles on one core, which takes as long as all the rest. Some packages hold files that are no Python.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint check constraints clean
 
@@ -29,12 +31,14 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing the preview backend into $(VENV) ..."
 	@$(INSTALL) -e '.[preview]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing everything that the tests need into $(VENV) ..."
 	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,s3,dev]'
+	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 
 # An environment without pip is one whose creation was cut short: it is made again.

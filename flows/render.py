@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pyarrow.compute as pc
-from prefect import flow, get_client, runtime, tags
+from prefect import flow, get_client, runtime
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
@@ -177,11 +177,14 @@ def _log_to_run(lines: Iterable[Line]) -> None:
 
 
 class _TaskRuns:
-    """Those still on their way to the server when the flow returns would be cancelled: `settle` first."""
+    """Those still on their way to the server when the flow returns would be cancelled: `settle` first.
+
+    They have no tags: before a task run with tags begins, Prefect asks the server whether these are limited.
+    Where it is away, each waits a minute after the one before, long after the work has ended.
+    """
 
     def __init__(self, batch: Batch) -> None:
         self._clips = batch.clips
-        self._backend = batch.backend.name
         self._open: set[PrefectFuture[Any]] = set()
         self._unread: set[ShardRun] = set()
 
@@ -189,8 +192,7 @@ class _TaskRuns:
         for stage, count in reused.items():
             if count:
                 label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), count)}"
-                with tags(stage, self._backend):
-                    self._keep(reuse.submit(label, counted("item", count)))
+                self._keep(reuse.submit(label, counted("item", count)))
 
     def add(self, shard: ShardRun) -> None:
         def until_it_ends() -> State[Any]:
@@ -199,8 +201,7 @@ class _TaskRuns:
             return self._state(shard.stage, shard.result())
 
         self._unread.add(shard)
-        with tags(shard.stage, shard.queue, self._backend):
-            self._keep(show_shard.submit(shard.label, until_it_ends))
+        self._keep(show_shard.submit(f"{shard.label} · {shard.queue}", until_it_ends))
 
     def settle(self) -> None:
         before = 0

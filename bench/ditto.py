@@ -4,19 +4,19 @@
     python bench/ditto.py --cpu --only networks     # full size on the CPU: seconds a frame
     python bench/ditto.py --tiny                    # all of it, at toy size on the CPU
 
-Parts: `networks` one by one; `rendering` of frames, in batches and variants; `batches` against single frames
-in turn, for unsteady machines; `motion`, a window of 80 frames; `decode` with putback, as a render of a table
-does it; `stream`, first frame after its speech has arrived, and sustained speed; `cold`, from the start of a
-process to its first frame. HuBERT is a random model of the published file's size (which needs transformers),
-in `cold` a small one. A share is that of the dense bfloat16 rate measured on this machine. `--save` keeps the
-tables in bench/results/ditto.md.
+Parts: `networks` one by one; `rendering` of frames, in variants and batches, each in turn with one frame at a
+time; `motion`, a window of 80 frames; `decode` with putback, as a render of a table does it; `stream`, first
+frame after its speech has arrived, and sustained speed; `cold`, from the start of a process to its first
+frame. HuBERT is a random model of the published file's size (which needs transformers), in `cold` a small
+one. A share is that of the dense bfloat16 rate measured on this machine. `--save` keeps the tables in
+bench/results/ditto.md.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -162,50 +162,33 @@ def counted(call: Callable[[], object]) -> float:
 
 # --- frames
 
+RATES = ("ms a frame", "frames/s", "real-time factor", "share")
+
 
 @torch.inference_mode()
 def rendering(machine: Machine, size: Size, report: Report, rate: float) -> None:
     """Key points to pictures on the device."""
     volumes = random_avatar(size).features
     flops = counted(renderer_call(machine, size, variants_on(machine)[0], 1, volumes)())
-    report.begin(f"Rendering (goals: {GOALS})", "variant", *RATES)
-    first_s: float | None = None
+    report.begin(f"Rendering (goals: {GOALS})", "variant", *RATES, "x one at a time, by round", "peak GiB")
     for variant in variants_on(machine):
         for batch in BATCHES if machine.on_gpu else CPU_BATCHES:
-            build = renderer_call(machine, size, variant, batch, volumes)
+            builds = [renderer_call(machine, size, variant, frames, volumes) for frames in (1, batch)]
 
-            def cells(build: Callable[..., Any] = build, batch: int = batch) -> list[str]:
-                nonlocal first_s
-                seconds = machine.seconds(lazily(build)) / batch
-                first_s = first_s or seconds
-                return [*speed(seconds, flops, rate), f"{first_s / seconds:.2f}", machine.peak()]
+            def cells(builds: Sequence[Callable[..., Any]] = builds, batch: int = batch) -> list[str]:
+                alone, together = machine.seconds_in_turn(*map(lazily, builds))
+                gains = (batch * one_s / batch_s for one_s, batch_s in zip(alone, together, strict=True))
+                rates = speed(statistics.median(together) / batch, flops, rate)
+                return [*rates, ", ".join(f"{gain:.2f}" for gain in gains), machine.peak()]
 
             report.measure(f"{variant.name}, {batch} at once", cells, machine)
         torch.compiler.reset()
-
-
-RATES = ("ms a frame", "frames/s", "real-time factor", "share", "x one at a time", "peak GiB")
 
 
 def speed(seconds: float, flops: float, rate: float) -> list[str]:
     """Of a frame."""
     share = f"{flops / seconds / rate:.1%}" if rate else "-"
     return [f"{seconds * 1e3:.4g}", f"{1 / seconds:.4g}", f"{seconds * FPS:.3f}", share]
-
-
-@torch.inference_mode()
-def batches(machine: Machine, size: Size, report: Report, _: float) -> None:
-    """Rounds of one call of each, since a machine may become faster or slower while it is measured."""
-    report.begin("Batches in turn", "at once", "ms a frame", "x one at a time, by round")
-    variant, volumes = variants_on(machine)[-2], random_avatar(size).features
-    calls = {b: renderer_call(machine, size, variant, b, volumes)() for b in CPU_BATCHES}
-    rounds = [
-        {b: machine.seconds_once(call) / b for b, call in calls.items()} for _ in range(1 + machine.repeats)
-    ][1:]
-    for batch in CPU_BATCHES:
-        ratios = ", ".join(f"{seconds[1] / seconds[batch]:.2f}" for seconds in rounds)
-        median = statistics.median(seconds[batch] for seconds in rounds)
-        report.add(f"{batch}", f"{median * 1e3:.4g}", ratios)
 
 
 def renderer_call(
@@ -223,7 +206,7 @@ def renderer_call(
 def decode(machine: Machine, size: Size, report: Report, rate: float) -> None:
     """As a table's clips are rendered: pictures in main memory, put back into the source."""
     report.begin("Decode with putback", "batch", *RATES[:3])
-    frames = 4 if size is TINY or not machine.on_gpu else 100
+    frames = 100 if machine.on_gpu else 5
     variant = variants_on(machine)[-2]
     avatar, (source, driven) = random_avatar(size), random_key_points(frames)
     composer = Composer([random_picture()], avatar.crop_to_picture, None)
@@ -280,7 +263,6 @@ Part = Callable[[Machine, Size, Report, float], None]
 PARTS: dict[str, Part] = {
     "networks": networks,
     "rendering": rendering,
-    "batches": batches,
     "motion": motion,
     "decode": decode,
     "stream": stream,

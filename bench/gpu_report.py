@@ -59,10 +59,20 @@ class Machine:
 
     def seconds(self, call: Callable[[], object], repeats: int | None = None) -> float:
         """Median, after a call that is not counted."""
-        call()
-        return statistics.median(self.seconds_once(call) for _ in range(repeats or self.repeats))
+        (times,) = self.seconds_in_turn(call, repeats=repeats)
+        return statistics.median(times)
 
-    def seconds_once(self, call: Callable[[], object]) -> float:
+    def seconds_in_turn(
+        self, *calls: Callable[[], object], repeats: int | None = None
+    ) -> list[tuple[float, ...]]:
+        """Of each call, in rounds that make all of them, since machines change their speed; one round before
+        is not counted."""
+        for call in calls:
+            call()
+        rounds = [[self._timed(call) for call in calls] for _ in range(repeats or self.repeats)]
+        return list(zip(*rounds, strict=True))
+
+    def _timed(self, call: Callable[[], object]) -> float:
         self.wait()
         start = time.perf_counter()
         call()

@@ -37,7 +37,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing everything that the tests need into $(VENV) ..."
-	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,s3,dev]'
+	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,tts,s3,dev]'
 	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 

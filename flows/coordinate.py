@@ -1,7 +1,6 @@
 """Feeds the queues with shards of a batch until all is done. No Prefect here: bare threads can submit too."""
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from avatar_core.batch import Batch, forget, take_in_again
-from avatar_core.config import Config
-from avatar_core.devices import usable_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.pipeline import MAX_PASSES, consumed_rows, continued_data, seconds_per_work
 from avatar_core.progress import Observer, StepClock
@@ -25,6 +22,7 @@ from avatar_core.store.manifest import write_manifest
 from avatar_core.store.sharing import Sharing, Taken
 from flows.faults import Trouble, owners, passes_by_itself, raised
 from flows.queues import Job, JobResult, LocalQueue
+from flows.run_settings import RunSettings
 from flows.work import Work
 
 log = logging.getLogger(__name__)
@@ -50,30 +48,6 @@ Call = Callable[[Callable[[], None]], JobResult]
 """`call(on_start)` waits for a shard; `on_start` is called when its turn on the queue has come."""
 Submit = Callable[[str, str, str, Call], None]
 """`submit(stage, queue, label, call)` has `call` made in a thread of its own, and returns at once."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How a run is done. `item_timeout_s`: a queue silent for so long is replaced."""
-
-    gpus: tuple[int, ...]
-    pretend: bool
-    cpus: int
-    item_timeout_s: float
-    retries: int
-    budget_hours: float | None
-
-
-def run_settings(config: Config) -> RunSettings:
-    runtime = config.runtime
-    return RunSettings(
-        gpus=usable_gpus(runtime),
-        pretend=runtime.pretend,
-        cpus=runtime.cpus or len(os.sched_getaffinity(0)),
-        item_timeout_s=runtime.item_timeout_s,
-        retries=runtime.retries,
-        budget_hours=config.budget_hours,
-    )
 
 
 @dataclass

@@ -17,8 +17,9 @@ from typing import NamedTuple
 from avatar_core.batch import Batch
 from avatar_core.pipeline import Result, finish_batch
 from avatar_core.progress import Observer
-from flows.coordinate import Call, Coordinator, RunSettings, run_settings
+from flows.coordinate import Call, Coordinator
 from flows.queues import JobResult, LocalQueues
+from flows.run_settings import RunSettings, run_settings
 
 
 class Line(NamedTuple):

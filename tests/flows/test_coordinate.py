@@ -19,8 +19,9 @@ from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
 from flows import coordinate
-from flows.coordinate import Coordinator, RunSettings, run_settings
+from flows.coordinate import Coordinator
 from flows.queues import LocalQueues
+from flows.run_settings import RunSettings, run_settings
 from flows.work import Work
 from tests.sample_rows import (
     Rendered,

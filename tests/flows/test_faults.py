@@ -215,12 +215,35 @@ def test_a_run_killed_at_any_moment_goes_on_where_it_was(runs: Runs, unbroken: R
     expect_completed(runs, unbroken)
 
 
-def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
+def with_temporary_server(runs: Runs) -> Runs:
     environment = runs.environment | {"AVATAR_STATE_DIR": str(runs.folder / "state")}
     del environment["PREFECT_API_URL"]
-    runs = replace(runs, environment=environment)
+    return replace(runs, environment=environment)
+
+
+def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
+    runs = with_temporary_server(runs)
     assert not kill_and_go_on(runs, [0.4, 0.7])["ingest"]
     expect_completed(runs, unbroken)
+
+
+def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -> None:
+    """It tells of its end in vain for half a minute; if every task run did so, it would take minutes."""
+    runs = with_temporary_server(runs)
+    environment = runs.environment | {ITEM_S: "1.0", "PREFECT_CLIENT_MAX_RETRIES": "4"}
+    process = replace(runs, environment=environment).start()
+    while by_stage(runs.calls())["denoise"] < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    (server,) = (pid for pid in descendants(process.pid) if is_server(pid))
+    os.kill(server, signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
+    assert runs.videos == unbroken.videos
+
+
+def is_server(pid: int) -> bool:
+    return b"create_app" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_a_clip_killed_in_its_second_window_goes_on_there(

@@ -5,12 +5,8 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +24,7 @@ from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
 from flows.queues import Job, JobResult, LocalQueue, LocalQueues
 from tests.flows import toy_backend as toy
+from tests.flows.processes import exists, until
 from tests.sample_rows import Rendered, attempts, data_files, flip_byte
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,20 +57,6 @@ def ask(queue: LocalQueue, root: Path, act: toy.Act = toy.describe) -> Any:
     result = run(queue, toy_job(root, act))
     assert result.error is None
     return answer(root, result.rows[0])
-
-
-def until(condition: Callable[[], object]) -> None:
-    """The time limit of the test is the limit of this, too."""
-    while not condition():
-        time.sleep(0.01)
-
-
-def exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def pid_of(queue: LocalQueue) -> int:
@@ -447,56 +430,3 @@ def test_an_interrupt_does_not_disturb_a_child(queue: LocalQueue, tmp_path: Path
     job = toy_job(tmp_path, toy.nothing, toy.report_often)
     result = run(queue, job, on_row=lambda row: os.kill(pid_of(queue), signal.SIGINT))
     assert [row["status"] for row in result.rows] == ["ok", "ok"]
-
-
-# --- the parent's own end
-
-PARENT = """
-import sys, threading, time
-from pathlib import Path
-from flows.queues import Job, LocalQueues
-from tests.flows import toy_backend as toy
-
-job = Job(sys.argv[1], {}, None, 2**20, {"name": "toy"}, "denoise",
-          (toy.toy_item("a", toy.nothing), toy.toy_item("b", getattr(toy, sys.argv[2]))), {})
-with LocalQueues(cpus=2) as queues:
-    told = lambda row: print(*(queue.pid for queue in queues.values()), flush=True)
-    if sys.argv[3] == "main":
-        queues["cpu-0"].run(job, item_timeout_s=100, on_row=told)
-    else:
-        options = dict(item_timeout_s=100, on_row=told)
-        threading.Thread(target=queues["cpu-0"].run, args=[job], kwargs=options).start()
-        time.sleep(100)
-"""
-
-
-def start_parent(root: Path, act: str, thread: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A process amid a shard, and its children, of which the second is idle."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), str(root), act, thread],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert parent.stdout is not None
-    return parent, [int(pid) for pid in parent.stdout.readline().split()]
-
-
-@pytest.mark.parametrize("act", ["sleep_for_ever", "compute_for_ever"])
-def test_children_end_with_a_killed_parent(tmp_path: Path, act: str) -> None:
-    parent, children = start_parent(tmp_path, act, "other")
-    assert all(map(exists, children))
-    parent.kill()
-    parent.communicate()
-    deadline_s = time.monotonic() + 5
-    until(lambda: not any(map(exists, children)) or time.monotonic() > deadline_s)
-    assert [pid for pid in children if exists(pid)] == []
-
-
-@pytest.mark.parametrize("thread", ["main", "other"])
-def test_an_interrupted_parent_ends_its_children(tmp_path: Path, thread: str) -> None:
-    parent, children = start_parent(tmp_path, "sleep_for_ever", thread)
-    parent.send_signal(signal.SIGINT)
-    parent.communicate()
-    assert not any(map(exists, children))

@@ -359,23 +359,3 @@ def test_a_batch_is_done_without_prefect_where_its_temporary_server_does_not_sta
     assert "temporary server did not start" in output
     assert "the batch goes on without it" in output
     assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)
-
-
-def test_a_batch_goes_on_and_ends_where_its_server_is_killed(
-    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
-) -> None:
-    environment = dict(prefect_server.environment)
-    del environment["PREFECT_API_URL"]
-    environment |= {"AVATAR_STATE_DIR": str(tmp_path / "state"), "PREFECT_CLIENT_MAX_RETRIES": "2"}
-    store = tmp_path / "store"
-    words = ("render", rendered.table, f"storage.root={store}", "takes=10", "runtime.shard_seconds=0.01")
-    process = avatar(environment, *words)
-    until(lambda: list(store.glob("stages/denoise/manifests/*")) or process.poll() is not None, bool)
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "create_app"], capture_output=True, check=True
-    )
-    os.kill(int(found.stdout), signal.SIGKILL)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
-    assert "40 of 40 clips" in output
-    assert "Traceback" not in output

@@ -28,8 +28,9 @@ from avatar_core.store.catalog import load_catalog
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
-from flows.coordinate import Coordinator, RunSettings
+from flows.coordinate import Coordinator
 from flows.queues import LocalQueues
+from flows.run_settings import RunSettings
 from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
 from tests.flows.windowed_backend import WindowedBackend
 from tests.sample_rows import Watcher, attempts, flip_byte, videos, write_recording, write_table

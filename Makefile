@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-inp
 # pip compiles on one core, which takes as long as all the rest. Some packages hold files that are no Python.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check constraints clean
+.PHONY: help demo test drill lint check constraints clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | column -t -s ':' 2>/dev/null || grep '##' Makefile
@@ -16,8 +16,11 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## install what the sample batch needs, and render it
 	$(BIN)/avatar render data/samples/batch.csv
 
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run the tests, but for the long drills
+	$(BIN)/python -m pytest -m "not drill"
+
+drill: $(VENV)/.dev  ## run the long drills: kills, real servers, large tables, fresh environments
+	$(BIN)/python -m pytest -m drill
 
 lint: $(VENV)/.dev  ## ruff, mypy and the import contracts, without the tests
 	$(BIN)/ruff check
@@ -25,7 +28,7 @@ lint: $(VENV)/.dev  ## ruff, mypy and the import contracts, without the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-check: lint test  ## everything that must pass before a commit
+check: lint test drill  ## everything that must pass before a commit
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(make-venv)

@@ -1,30 +1,25 @@
-"""Storage on a local disk and on an S3 server that lives as long as its test process."""
+"""Storage on a local disk and on an S3 server that lives as long as its test process.
+
+What is heavy is imported by the fixture that needs it: a test of pure code starts neither the command line
+nor an S3 server, and shows what the code under test imports by itself.
+"""
 
 import logging
 import os
 import shutil
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import boto3
 import hypothesis
 import pytest
-from moto.server import ThreadedMotoServer
 
-from avatar_core.pipeline import render
-from avatar_core.store.storage import Storage
-from flows.cli import main
-from tests.sample_rows import (
-    Rendered,
-    RunAvatar,
-    write_landscape,
-    write_picture,
-    write_recording,
-    write_table,
-)
+if TYPE_CHECKING:
+    from avatar_core.store.storage import Storage
+    from tests.sample_rows import Rendered, RunAvatar
 
 hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("shared machine")
@@ -42,8 +37,20 @@ def own_prefect(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop("PREFECT_API_URL", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_arrive() -> None:
+    """A shell starts what runs beside a script with SIGINT ignored, which every process passes on to those
+    that it starts: these would never get what a test sends them."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def s3_options() -> Iterator[dict[str, Any]]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -65,12 +72,14 @@ def s3_root() -> str:
     return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
 
 
-MakeStorage = Callable[..., Storage]
+MakeStorage = Callable[..., "Storage"]
 
 
 @pytest.fixture(params=["disk", "s3"])
 def make_storage(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStorage:
     """Opens one root of this test, anew with each call; keyword arguments go to `Storage`."""
+    from avatar_core.store.storage import Storage
+
     root, options = str(tmp_path / "store"), None
     if request.param == "s3":
         root, options = request.getfixturevalue("s3_root"), request.getfixturevalue("s3_options")
@@ -82,13 +91,15 @@ def make_storage(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStorage:
 
 
 @pytest.fixture
-def storage(make_storage: MakeStorage) -> Storage:
+def storage(make_storage: MakeStorage) -> "Storage":
     return make_storage()
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two portraits, a picture of two people, one of nobody, and two recordings; not to be changed."""
+    from tests.sample_rows import write_landscape, write_picture, write_recording
+
     folder = tmp_path_factory.mktemp("inputs")
     write_picture(folder / "portrait.jpg")
     write_picture(folder / "closeup.jpg", "closeup")
@@ -100,8 +111,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rendered(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Rendered:
+def rendered(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> "Rendered":
     """A finished batch; tests that change the store take their copy of it from `store`."""
+    from avatar_core.pipeline import render
+    from tests.sample_rows import Rendered, write_table
+
     rows = [
         {"image": image, "audio": audio, "prompt": "A person talks."}
         for image in ("portrait.jpg", "closeup.jpg")
@@ -113,13 +127,14 @@ def rendered(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Rendered
 
 
 @pytest.fixture
-def store(rendered: Rendered, tmp_path: Path) -> Path:
+def store(rendered: "Rendered", tmp_path: Path) -> Path:
     return Path(shutil.copytree(rendered.store, tmp_path / "store"))
 
 
 @pytest.fixture
-def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunAvatar:
+def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "RunAvatar":
     """Runs the `avatar` command in this process: exit code and output, both streams joined."""
+    from flows.cli import main
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["avatar", *map(str, words)])

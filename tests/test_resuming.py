@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.sample_rows import (
     render_table,
     videos,
 )
+from tests.watch import Watch
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -114,17 +114,6 @@ def test_a_cancelled_run_keeps_what_is_finished(rendered: Rendered, tmp_path: Pa
     assert len(ended) == len(set(ended)) == 18
 
 
-def when_there_is(pattern: str) -> Callable[[Path], bool]:
-    return lambda store: any(path.is_file() for path in store.glob(pattern))
-
-
-MOMENTS = {
-    "ingest": when_there_is("assets/*/*"),
-    "motion": when_there_is("stages/audio/manifests/*.parquet"),
-    "videos": when_there_is("stages/decode/data/*/*.mp4"),
-}
-
-
 @pytest.fixture(scope="module")
 def takes(rendered: Rendered, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The videos of a run that is long enough to be killed in the middle, in three takes each."""
@@ -132,26 +121,28 @@ def takes(rendered: Rendered, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return videos(render_table(rendered.table, store, takes=3).dataset)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("stage", "item"), [("ingest", 2), ("denoise", 1), ("decode", 5)])
 def test_a_killed_run_is_finished_by_the_same_command(
-    rendered: Rendered, takes: dict[str, bytes], tmp_path: Path, moment: str
+    rendered: Rendered, takes: dict[str, bytes], tmp_path: Path, stage: str, item: int
 ) -> None:
-    words = ["render", str(rendered.table), f"storage.root={tmp_path}", "takes=3"]
+    words = ["render", str(rendered.table), f"storage.root={tmp_path / 'store'}", "takes=3"]
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at(stage, item)
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *words],
+        env=watch.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parents[1],
     )
-    while not MOMENTS[moment](tmp_path) and process.poll() is None:
-        time.sleep(0.001)
+    watch.until_held(process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "datasets/batch/metadata.parquet").exists()
-    result = render_table(rendered.table, tmp_path, takes=3)
+    assert not (tmp_path / "store/datasets/batch/metadata.parquet").exists()
+    result = render_table(rendered.table, tmp_path / "store", takes=3)
     assert result.failures.empty
     assert videos(result.dataset) == takes
-    assert verify_run(Storage(str(tmp_path)), "batch").problems == ()
+    assert verify_run(Storage(str(tmp_path / "store")), "batch").problems == ()
 
 
 class Meanwhile(Watcher):

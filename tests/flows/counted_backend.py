@@ -1,13 +1,10 @@
-"""A backend whose items take milliseconds, and a log outside the store of each item that any stage begins.
+"""A backend whose items take milliseconds.
 
 Importing this module makes the backend known as `counted`; its videos are real. Its configuration travels
-in each job, and unpickling that imports this module: so children know the backend and write the log as well.
+in each job, and unpickling that imports this module: so children know the backend as well.
 """
 
-import functools
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,16 +15,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator
 
 from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
-from avatar_core.stages.audio import AudioStage
-from avatar_core.stages.base import Item, Output, Stage
-from avatar_core.stages.decode import DecodeStage
-from avatar_core.stages.denoise import DenoiseStage
-from avatar_core.stages.face import FaceStage
-from avatar_core.stages.ingest import IngestStage
-from avatar_core.stages.reference import ReferenceStage
 
-CALL_LOG, ITEM_S = "CALL_LOG", "ITEM_S"
-"""In the environment: the log's path and the seconds that an item takes beside its work."""
 STEPS = 4
 
 BACKENDS["counted"] = "tests.flows.counted_backend:CountedBackend"
@@ -37,26 +25,6 @@ class ImportedInChild(str):
     """Unlike plain text, it is unpickled by its module."""
 
     __slots__ = ()
-
-
-def _logged(process: Callable[..., Output], stage: str) -> Callable[..., Output]:
-    @functools.wraps(process)
-    def call(self: Stage, item: Item, *rest: Any) -> Output:
-        if CALL_LOG not in os.environ:  # another test of this process
-            return process(self, item, *rest)
-        file = os.open(os.environ[CALL_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, f"{os.getpid()} {stage} {item.key}\n".encode())
-        finally:
-            os.close(file)
-        time.sleep(float(os.environ[ITEM_S]))
-        return process(self, item, *rest)
-
-    return call
-
-
-for _stage in (IngestStage, FaceStage, AudioStage, ReferenceStage, DenoiseStage, DecodeStage):
-    _stage.process = _logged(_stage.process, _stage.name)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -139,9 +107,3 @@ class CountedBackend:
     ) -> Iterator[Picture]:
         for shade in conditions["denoise"]["latents"]:
             yield (picture * (shade / 3).clip(0, 1)).astype(np.uint8)
-
-
-def read_calls(log: Path) -> list[tuple[str, str]]:
-    """Stage and key of every item so far, in order; a line that is being written does not count."""
-    text = log.read_text() if log.exists() else ""
-    return [(line.split()[1], line.split()[2]) for line in text.splitlines(keepends=True) if line[-1] == "\n"]

@@ -13,6 +13,7 @@ import pytest
 
 from flows.alive import crash_lost_runs
 from tests.flows.conftest import PrefectServer
+from tests.processes import until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -74,20 +75,12 @@ def task_run_states(server: PrefectServer, run_id: str) -> list[str]:
     return [run["state_type"] for run in found]
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.1)
-    pytest.fail("waited in vain")
-
-
 def test_a_killed_run_crashes_and_a_live_one_stays(
     prefect_server: PrefectServer, start_run: StartRun, state: Path
 ) -> None:
     (killed, killed_id), (_, live_id) = start_run(), start_run()
     for run_id in (killed_id, live_id):
-        wait_until(lambda run_id=run_id: task_run_states(prefect_server, run_id) == ["RUNNING"])
+        until(lambda run_id=run_id: task_run_states(prefect_server, run_id) == ["RUNNING"], every_s=0.1)
     killed.kill()
     killed.wait()
     assert flow_run(prefect_server, killed_id)["state_type"] == "RUNNING"

@@ -60,8 +60,13 @@ def test_every_file_of_a_group_composes(path: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(ROOT)
     config = compose_config([f"{path.parent}={path.stem}", *GO_TOGETHER.get(str(path), [])])
     create_backend(config.backend).resolve()
-    if config.table:
-        assert all(row.error is None for row in read_table(config.table))
+
+
+def test_the_batch_file_of_the_samples_names_a_sound_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = compose_config(["batch=demo"])
+    assert config.table
+    assert [row.error for row in read_table(config.table)] == [None] * 5
 
 
 def test_groups_change_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

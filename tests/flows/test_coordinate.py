@@ -1,5 +1,6 @@
 """The coordinator with real queues and without Prefect: shards are submitted to bare threads."""
 
+import logging
 import os
 import signal
 import threading
@@ -274,22 +275,34 @@ def test_a_store_that_cannot_be_written_ends_the_run(
 
 
 def test_trouble_that_passes_is_waited_for(
-    run: Run, rendered: Rendered, store: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    rendered: Rendered,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.5)
+    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.05)
     batch = opened(rendered, store, video={"crf": 30})
     data = store / "stages/decode/data"
     data.rename(store / "away")
     data.write_text("in the way")
+    mending = threading.Lock()
 
-    def mend() -> None:
-        data.unlink()
-        (store / "away").rename(data)
+    class Mending(logging.Handler):
+        """At the first word of a retry."""
 
-    timer = threading.Timer(0.7, mend)
-    timer.start()
-    result = run(batch, retries=6)
-    timer.join()
+        def emit(self, record: logging.LogRecord) -> None:
+            with mending:
+                if record.getMessage().endswith("; trying again") and (store / "away").exists():
+                    data.unlink()
+                    (store / "away").rename(data)
+
+    logger, handler = logging.getLogger("flows.coordinate"), Mending()
+    logger.addHandler(handler)
+    try:
+        result = run(batch, retries=2)
+    finally:
+        logger.removeHandler(handler)
+    assert not (store / "away").exists()
     assert len(result.failures) == 0
     assert (attempts(store, "decode")["status"] == "failed").sum() == 0
 

@@ -6,8 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import pytest
 import yaml
 
 from tests.flows.conftest import PrefectServer
+from tests.processes import until
 from tests.sample_rows import Rendered, RunAvatar, write_table
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+RUN_S = 150.0
+"""From a schedule's turn to the end of its run, on a busy machine."""
 OVERRIDES = ["name='été [1]'", "limit=1", "video.fps=20"]
 
 pytestmark = pytest.mark.timeout(240)
@@ -104,17 +106,10 @@ def ended_run(server: PrefectServer, deployment: str) -> dict[str, Any]:
         "flow_runs": {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}},
         "sort": "START_TIME_ASC",
     }
-    wait_until(lambda: server.post("flow_runs/filter", wanted))
-    runs: list[dict[str, Any]] = server.post("flow_runs/filter", wanted)
+    runs: list[dict[str, Any]] = until(
+        lambda: server.post("flow_runs/filter", wanted), patience_s=RUN_S, every_s=0.3
+    )
     return runs[0]
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.3)
-    pytest.fail("waited in vain")
 
 
 # --- our own file
@@ -189,7 +184,12 @@ def test_a_worker_that_is_stopped_lets_its_run_stop(
     prefect_server.post(f"deployments/{often}/pause_deployment", {})
     long = {"table": str(rendered.table), "overrides": ["name=long", "takes=100"]}
     run = prefect_server.post(f"deployments/{often}/create_flow_run", {"parameters": long})
-    wait_until(lambda: prefect_server.get(f"flow_runs/{run['id']}")["name"].startswith("long-"))
+    until(
+        lambda: prefect_server.get(f"flow_runs/{run['id']}")["name"].startswith("long-"),
+        [worker],
+        RUN_S,
+        every_s=0.3,
+    )
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(60) == 0
     state = prefect_server.get(f"flow_runs/{run['id']}")["state"]

@@ -14,7 +14,7 @@ from avatar_core.pipeline import record_run
 from avatar_core.progress import Silent
 from flows.execution import Execution, Line, ShardRun
 from flows.queues import JobResult
-from tests.sample_rows import Rendered, attempts, videos, write_picture, write_table
+from tests.sample_rows import Rendered, data_files, videos, write_picture, write_table
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -79,7 +79,8 @@ def test_an_error_of_whoever_shows_it_stops_the_work(rendered: Rendered, tmp_pat
         raise OSError("no server")
     with pytest.raises(Cancelled):
         work.result()
-    assert not (tmp_path / "stages/decode").exists() or len(attempts(tmp_path, "decode")) < 800
+    assert not (tmp_path / "datasets").exists()
+    assert len(data_files(tmp_path, "decode")) < 800
 
 
 def test_a_reason_to_stop_may_be_added_later(rendered: Rendered, tmp_path: Path) -> None:

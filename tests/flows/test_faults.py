@@ -1,4 +1,4 @@
-"""Kills, full disks, damaged records and a second run: real processes, counted by a log outside the store."""
+"""Kills, full disks, damaged records and a second run: real processes, watched item by item."""
 
 import os
 import re
@@ -6,10 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,11 +22,12 @@ from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
 from tests.flows.conftest import PrefectServer
-from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
 from tests.flows.windowed_backend import WindowedBackend
+from tests.processes import descendants, kill_tree, until
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
+from tests.watch import Call, Watch
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 AVATAR = [sys.executable, "-c", "import tests.flows.windowed_backend; from flows.cli import main; main()"]
@@ -38,13 +37,12 @@ ITEMS = {"ingest": 2 * SOURCES, "face": SOURCES, "audio": SOURCES, "reference": 
     "denoise": CLIPS,
     "decode": CLIPS,
 }
-MOMENTS, LATER = 22, 5
 RECORD_BYTES = 65536
 """More than the record of a run takes."""
 PATIENCE_S = 120.0
-
-Call = tuple[str, str]
-"""Stage and key."""
+END_S = 20.0
+"""From the finished dataset to the end of the command, where nobody hears of it any more: ten seconds are
+allowed, and the interpreter needs a moment too."""
 
 
 def by_stage(calls: Sequence[Call]) -> Counter[str]:
@@ -53,11 +51,11 @@ def by_stage(calls: Sequence[Call]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Runs:
-    """`avatar render` of one table with one store; `log` gets a line for each item that is begun."""
+    """`avatar render` of one table with one store, watched."""
 
     folder: Path
     table: Path
-    environment: dict[str, str] = field(repr=False)
+    base: dict[str, str] = field(repr=False)
     options: tuple[str, ...] = ("runtime.cpus=2", "runtime.shard_seconds=0.03")
     backend: str = "counted"
 
@@ -66,8 +64,8 @@ class Runs:
         return self.folder / "store"
 
     @property
-    def log(self) -> Path:
-        return self.folder / "calls.log"
+    def watch(self) -> Watch:
+        return Watch(self.folder / "watch")
 
     @property
     def videos(self) -> dict[str, bytes]:
@@ -78,7 +76,7 @@ class Runs:
         words += ["face.required=false", "runtime.gpus=[]", f"storage.root={self.store}", *self.options]
         return subprocess.Popen(
             [*AVATAR, command, *words],
-            env={**self.environment, CALL_LOG: str(self.log)},
+            env=self.watch.environment(self.base),
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT if output == subprocess.PIPE else output,
@@ -92,49 +90,21 @@ class Runs:
         return process.returncode, output
 
     def calls(self) -> list[Call]:
-        return read_calls(self.log)
+        return self.watch.calls()
 
     def committed(self) -> set[Call]:
         storage = Storage(str(self.store))
         return {(stage, key) for stage in ITEMS for key in load_catalog(storage, stage).ok_keys()}
 
-    def kill_when(self, is_moment: Callable[[list[Call]], bool]) -> str:
-        """Kills the run and all that it started once its calls are right; gives the stage of the last one."""
-        before = len(self.calls())
+    def kill_at(self, stage: str, item: int, committed: int = 0) -> None:
+        """Kills a run, and all that it started, when it begins this item (see `Watch.hold_at`) and so many
+        items of the stage are committed."""
+        self.watch.hold_at(stage, item)
         process = self.start(output=subprocess.DEVNULL)
-        while not is_moment(calls := self.calls()[before:]):
-            assert process.poll() is None, f"ended with {process.returncode} before the moment"
-            time.sleep(0.001)
+        self.watch.until_held(process)
+        until(lambda: len(load_catalog(Storage(str(self.store)), stage).ok_keys()) >= committed, [process])
         kill_tree(process)
-        return calls[-1][0]
-
-
-def kill_tree(process: "subprocess.Popen[str]") -> None:
-    """At once, with all that it started."""
-    process.send_signal(signal.SIGSTOP)  # it must not start another process meanwhile
-    tree = [process.pid, *descendants(process.pid)]
-    for pid in tree:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    deadline_s = time.monotonic() + PATIENCE_S
-    while any(map(lives, tree)) and time.monotonic() < deadline_s:
-        time.sleep(0.001)
-
-
-def descendants(pid: int) -> list[int]:
-    children: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            children += map(int, path.read_text().split())
-    return [*children, *(further for child in children for further in descendants(child))]
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+        self.watch.release()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +125,7 @@ def environment(prefect_server: PrefectServer, table: Path) -> dict[str, str]:
     """With bytecode, whose absence would make every start compile all anew."""
     values = dict(prefect_server.environment)
     values.pop("PYTHONDONTWRITEBYTECODE", None)
-    return values | {"PYTHONPYCACHEPREFIX": str(table.parent / "bytecode"), ITEM_S: "0.005"}
+    return values | {"PYTHONPYCACHEPREFIX": str(table.parent / "bytecode")}
 
 
 @pytest.fixture
@@ -177,25 +147,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, table: Path, environment:
 # --- kill -9
 
 
-def kill_and_go_on(runs: Runs, moments: Sequence[float], at_least: int = 0) -> Counter[str]:
-    """Kills the same command again and again, each time when `moments` (0 to 1) of all items were begun.
-
-    Up to `LATER` items later is fine for a stage that has not yet had its `at_least`. Gives the moments by
-    stage.
-    """
-    killed: Counter[str] = Counter()
-    items = sum(ITEMS.values())
-    for moment in moments:
-        begun_before, committed = runs.calls(), runs.committed()
-        wanted = 1 + int(moment * (items - LATER - 3))
-
-        def is_moment(calls: list[Call], before: list[Call] = begun_before, wanted: int = wanted) -> bool:
-            late = len({*before, *calls}) - wanted
-            return bool(calls) and late >= 0 and (killed[calls[-1][0]] < at_least or late > LATER)
-
-        killed[runs.kill_when(is_moment)] += 1
-        assert not committed.intersection(runs.calls()[len(begun_before) :])
-    return killed
+def kill_and_go_on(runs: Runs, moments: Sequence[tuple[str, int]]) -> None:
+    """Kills the same command again and again, each time at an item further on."""
+    for stage, item in moments:
+        begun_before, committed = len(runs.calls()), runs.committed()
+        runs.kill_at(stage, item)
+        begun = runs.calls()
+        assert len({key for name, key in begun if name == stage}) == item
+        assert not committed.intersection(begun[begun_before:])
 
 
 def expect_completed(runs: Runs, unbroken: Runs) -> None:
@@ -208,36 +167,36 @@ def expect_completed(runs: Runs, unbroken: Runs) -> None:
     assert verify_run(Storage(str(runs.store)), "batch").problems == ()
 
 
-def test_a_run_killed_at_any_moment_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
-    killed = kill_and_go_on(runs, [number / (MOMENTS - 1) for number in range(MOMENTS)], at_least=3)
-    assert killed.total() == MOMENTS
-    assert min(killed[stage] for stage in ITEMS) >= 3, killed
+@pytest.mark.parametrize("stage", ITEMS)
+def test_a_run_killed_at_any_item_goes_on_where_it_was(runs: Runs, unbroken: Runs, stage: str) -> None:
+    items = ITEMS[stage]
+    kill_and_go_on(runs, [(stage, item) for item in (1, items // 2, items)])
     expect_completed(runs, unbroken)
 
 
 def with_temporary_server(runs: Runs) -> Runs:
-    environment = runs.environment | {"AVATAR_STATE_DIR": str(runs.folder / "state")}
-    del environment["PREFECT_API_URL"]
-    return replace(runs, environment=environment)
+    base = runs.base | {"AVATAR_STATE_DIR": str(runs.folder / "state")}
+    del base["PREFECT_API_URL"]
+    return replace(runs, base=base)
 
 
 def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
     runs = with_temporary_server(runs)
-    assert not kill_and_go_on(runs, [0.4, 0.7])["ingest"]
+    kill_and_go_on(runs, [("denoise", 3), ("decode", 7)])
     expect_completed(runs, unbroken)
 
 
 def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -> None:
-    """It tells of its end in vain for half a minute; if every task run did so, it would take minutes."""
+    """With Prefect's own settings, which let it try for minutes to tell a dead server of each task run."""
     runs = with_temporary_server(runs)
-    environment = runs.environment | {ITEM_S: "1.0", "PREFECT_CLIENT_MAX_RETRIES": "4"}
-    process = replace(runs, environment=environment).start()
-    while by_stage(runs.calls())["denoise"] < 1:
-        assert process.poll() is None
-        time.sleep(0.01)
-    (server,) = (pid for pid in descendants(process.pid) if is_server(pid))
+    runs.watch.hold_at("denoise")
+    process = runs.start()
+    runs.watch.until_held(process)
+    (server,) = until(lambda: [pid for pid in descendants(process.pid) if is_server(pid)], [process])
     os.kill(server, signal.SIGKILL)
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    runs.watch.release()
+    until((runs.store / "datasets/batch/metadata.parquet").exists, [process])
+    output, _ = process.communicate(timeout=END_S)
     assert process.returncode == 0, output
     assert runs.videos == unbroken.videos
 
@@ -252,8 +211,8 @@ def test_a_clip_killed_in_its_second_window_goes_on_there(
     recording = write_recording(tmp_path / "long.wav", duration_s=0.6)
     long_table = write_table(tmp_path / "batch.csv", [{"image": table.parent / "0.png", "audio": recording}])
     shutil.copytree(table.parent / "conf", tmp_path / "conf")
-    runs = Runs(tmp_path, long_table, environment | {ITEM_S: "0.2"}, backend=WindowedBackend.name)
-    assert runs.kill_when(lambda calls: by_stage(calls)["denoise"] == 2) == "denoise"
+    runs = Runs(tmp_path, long_table, environment, backend=WindowedBackend.name)
+    runs.kill_at("denoise", 2, committed=1)
     code, output = runs.finish()
     assert code == 0, output
     first, killed, second, third = [key for stage, key in runs.calls() if stage == "denoise"]
@@ -272,36 +231,32 @@ def test_a_clip_killed_in_its_second_window_goes_on_there(
 # --- two runs at once
 
 
-@pytest.fixture
-def slow_runs(runs: Runs) -> Runs:
-    """Of which two overlap for a while."""
-    return replace(runs, environment=runs.environment | {ITEM_S: "0.05"})
-
-
-def test_two_runs_at_once_both_complete_and_share_the_work(slow_runs: Runs, unbroken: Runs) -> None:
-    both = [slow_runs.start(), slow_runs.start()]
+def test_two_runs_at_once_both_complete_and_share_the_work(runs: Runs, unbroken: Runs) -> None:
+    runs.watch.hold_at("ingest")
+    both = [runs.start(), runs.start()]
+    until(lambda: len(runs.calls()) == 2, both)  # each has begun an item
+    runs.watch.release()
     outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert by_stage(slow_runs.calls()) == ITEMS
-    assert slow_runs.videos == unbroken.videos
-    assert pq.read_metadata(slow_runs.store / "datasets/batch/metadata.parquet").num_rows == CLIPS
-    assert verify_run(Storage(str(slow_runs.store)), "batch").problems == ()
+    assert by_stage(runs.calls()) == ITEMS
+    assert runs.videos == unbroken.videos
+    assert pq.read_metadata(runs.store / "datasets/batch/metadata.parquet").num_rows == CLIPS
+    assert verify_run(Storage(str(runs.store)), "batch").problems == ()
 
 
-@pytest.mark.parametrize("begun", [5, 30])
-def test_a_run_goes_on_when_another_is_killed(slow_runs: Runs, unbroken: Runs, begun: int) -> None:
-    """In ingest, and in the flow."""
-    killed, other = slow_runs.start(output=subprocess.DEVNULL), slow_runs.start()
-    while len(slow_runs.calls()) < begun:
-        assert killed.poll() is None, f"ended with {killed.returncode} before the moment"
-        time.sleep(0.001)
+@pytest.mark.parametrize(("stage", "item"), [("ingest", 5), ("denoise", 3)])
+def test_a_run_goes_on_when_another_is_killed(runs: Runs, unbroken: Runs, stage: str, item: int) -> None:
+    runs.watch.hold_at(stage, item)
+    killed, other = runs.start(output=subprocess.DEVNULL), runs.start()
+    runs.watch.until_held(killed, other)
     kill_tree(killed)
-    committed, begun_before = slow_runs.committed(), len(slow_runs.calls())
+    committed, begun_before = runs.committed(), len(runs.calls())
+    runs.watch.release()
     output, _ = other.communicate(timeout=PATIENCE_S)
     assert other.returncode == 0, output
-    assert not committed.intersection(slow_runs.calls()[begun_before:])
-    assert set(slow_runs.calls()) == set(unbroken.calls())
-    assert slow_runs.videos == unbroken.videos
+    assert not committed.intersection(runs.calls()[begun_before:])
+    assert set(runs.calls()) == set(unbroken.calls())
+    assert runs.videos == unbroken.videos
 
 
 # --- a full disk

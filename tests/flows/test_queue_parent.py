@@ -4,12 +4,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.flows.processes import exists, until
+from tests.processes import PATIENCE_S, exists, until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,15 +49,13 @@ def test_children_end_with_a_killed_parent(tmp_path: Path, act: str) -> None:
     parent, children = start_parent(tmp_path, act, "other")
     assert all(map(exists, children))
     parent.kill()
-    parent.communicate()
-    deadline_s = time.monotonic() + 5
-    until(lambda: not any(map(exists, children)) or time.monotonic() > deadline_s)
-    assert [pid for pid in children if exists(pid)] == []
+    parent.communicate(timeout=PATIENCE_S)
+    until(lambda: not any(map(exists, children)))
 
 
 @pytest.mark.parametrize("thread", ["main", "other"])
 def test_an_interrupted_parent_ends_its_children(tmp_path: Path, thread: str) -> None:
     parent, children = start_parent(tmp_path, "sleep_for_ever", thread)
     parent.send_signal(signal.SIGINT)
-    parent.communicate()
+    parent.communicate(timeout=PATIENCE_S)
     assert not any(map(exists, children))

@@ -24,12 +24,12 @@ from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
 from flows.queues import Job, JobResult, LocalQueue, LocalQueues
 from tests.flows import toy_backend as toy
-from tests.flows.processes import exists, until
+from tests.processes import PATIENCE_S, exists, until
 from tests.sample_rows import Rendered, attempts, data_files, flip_byte
 
 pytestmark = pytest.mark.timeout(120)
 
-PATIENCE_S = 60.0
+SILENCE_S = toy.SILENCE_S
 
 
 @pytest.fixture
@@ -343,30 +343,33 @@ def test_shards_that_follow_each_other_end_with_their_own_rows(queue: LocalQueue
     assert sorted(attempts(tmp_path, "denoise")["key"]) == [item.key for item in items]
 
 
+@pytest.mark.drill
 def test_a_stopped_child_is_replaced_after_the_time_limit(queue: LocalQueue, tmp_path: Path) -> None:
     stopped = ask(queue, tmp_path)["pid"]
     job = toy_job(tmp_path, toy.nothing, toy.sleep_for_ever)
-    result = run(queue, job, item_timeout_s=1.0, on_row=lambda row: os.kill(stopped, signal.SIGSTOP))
+    result = run(queue, job, item_timeout_s=SILENCE_S, on_row=lambda row: os.kill(stopped, signal.SIGSTOP))
     assert (result.died, result.hung, result.last_item) == (False, True, "item-1")
-    assert "said nothing for 1 s" in (result.error or "")
+    assert f"said nothing for {SILENCE_S:g} s" in (result.error or "")
     assert result.unfinished == ("item-0", "item-1")
     assert not exists(stopped)
     assert ask(queue, tmp_path)["pid"] != stopped
 
 
+@pytest.mark.drill
 def test_a_child_that_stopped_before_it_took_a_large_job_is_replaced(
     queue: LocalQueue, tmp_path: Path
 ) -> None:
     stopped = ask(queue, tmp_path)["pid"]
     os.kill(stopped, signal.SIGSTOP)
-    result = run(queue, toy_job(tmp_path, *[toy.nothing] * 50_000), item_timeout_s=1.0)
+    result = run(queue, toy_job(tmp_path, *[toy.nothing] * 50_000), item_timeout_s=SILENCE_S)
     assert (result.hung, result.last_item) == (True, None)
     assert not exists(stopped)
 
 
+@pytest.mark.drill
 def test_an_item_that_reports_may_take_longer_than_the_limit(queue: LocalQueue, tmp_path: Path) -> None:
     ask(queue, tmp_path)
-    result = run(queue, toy_job(tmp_path, toy.report_often), item_timeout_s=0.4)
+    result = run(queue, toy_job(tmp_path, toy.report_for_longer), item_timeout_s=SILENCE_S)
     assert (result.hung, result.error) == (False, None)
 
 

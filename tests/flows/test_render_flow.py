@@ -6,9 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from avatar_core.store.catalog import load_catalog
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
 from tests.flows.conftest import PrefectServer
+from tests.processes import until
 from tests.sample_rows import (
     Rendered,
     attempts,
@@ -26,12 +26,13 @@ from tests.sample_rows import (
     write_picture,
     write_table,
 )
+from tests.watch import Watch
 
 pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "flows.render.render_dataset"
-PATIENCE_S = 60.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
 @pytest.fixture
@@ -63,14 +64,13 @@ class Seen:
     def task_runs_of(self, items: int) -> list[Any]:
         """The ended ones, once they name so many items together: states are recorded after they happen."""
 
-        def named(runs: list[Any]) -> int:
-            return sum(int(run["name"].split(" · ")[1].split()[0]) for run in runs)
+        def ended() -> list[Any]:
+            found = self._filter("task_runs")
+            runs = [run for run in found if run["state_type"] in ENDED]
+            named = sum(int(run["name"].split(" · ")[1].split()[0]) for run in runs)
+            return runs if named >= items else []
 
-        return until(lambda: self._ended(), lambda runs: named(runs) >= items)
-
-    def _ended(self) -> list[Any]:
-        found = self._filter("task_runs")
-        return [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")]
+        return until(ended, every_s=0.2)
 
     def artifacts(self) -> dict[str, Any]:
         """By the part of the key that follows the dataset's name."""
@@ -84,13 +84,6 @@ class Seen:
         found = self.server.post(f"{kind}/filter", {"flow_runs": {"id": {"any_": [self.id]}}, "limit": 200})
         assert isinstance(found, list)
         return found
-
-
-def until(look: Callable[[], Any], is_right: Callable[[Any], bool]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_right(found := look()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
 
 
 def table_of(artifact: Any) -> list[dict[str, Any]]:
@@ -189,7 +182,8 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert failed[0]["name"].startswith("reference ")
     assert "no face found" in failed[0]["state"]["message"]
     assert [row["name"] for row in table_of(seen.artifacts()["failures"])] == ["bad"]
-    assert until(seen.logs, lambda lines: any("bad: reference failed: no face found" in li for li in lines))
+    reason = "bad: reference failed: no face found"
+    until(lambda: any(reason in line for line in seen.logs()), every_s=0.2)
 
     picture.write_bytes(content)
     before = attempts(root, "decode")
@@ -228,28 +222,34 @@ def test_a_failure_within_what_is_allowed_completes(
 
 
 def test_cancelling_through_the_server_stops_at_the_next_item(
-    flow: Callable[..., Any], prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+    flow: Callable[..., Any],
+    prefect_server: PrefectServer,
+    rendered: Rendered,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started = threading.Event()
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at("decode", 2)
+    for name, value in watch.environment().items():  # the flow runs in this process, its items in children
+        monkeypatch.setenv(name, value)
+    root = tmp_path / "store"
 
     def cancel() -> None:
-        until(lambda: list(tmp_path.glob("stages/face/manifests/*")), bool)
-        wanted = {"flow_runs": {"name": {"any_": [path.name for path in (tmp_path / "runs").iterdir()]}}}
-        found = until(lambda: prefect_server.post("flow_runs/filter", wanted), bool)
-        body = {"state": {"type": "CANCELLING"}}
-        prefect_server.post(f"flow_runs/{found[0]['id']}/set_state", body)
-        started.set()
+        watch.until_held()
+        wanted = {"flow_runs": {"name": {"any_": [path.name for path in (root / "runs").iterdir()]}}}
+        (found,) = until(lambda: prefect_server.post("flow_runs/filter", wanted), every_s=0.2)
+        prefect_server.post(f"flow_runs/{found['id']}/set_state", {"state": {"type": "CANCELLING"}})
+        watch.release()
 
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    state = flow(rendered.table, tmp_path, "takes=500")
-    thread.join()
-    assert started.is_set()
+    with ThreadPoolExecutor(1) as pool:
+        cancelling = pool.submit(cancel)
+        state = flow(rendered.table, root, "takes=100")
+        cancelling.result()
     assert state.is_cancelled()
     assert Seen(prefect_server, state).flow_run["state_type"] == "CANCELLED"
-    assert len(list(tmp_path.glob("stages/decode/data/*/*.mp4"))) < 240
-    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
-    assert not (tmp_path / "datasets").exists()
+    assert len(list(root.glob("stages/decode/data/*/*.mp4"))) < 400
+    assert not [path for path in root.rglob("*") if "partial" in path.name]
+    assert not (root / "datasets").exists()
 
 
 def test_credentials_are_in_no_parameter(rendered: Rendered, tmp_path: Path) -> None:
@@ -331,9 +331,13 @@ def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
         del environment["PREFECT_API_URL"]
         environment["AVATAR_STATE_DIR"] = str(tmp_path / "state")
     words = ("render", rendered.table, f"storage.root={tmp_path / 'store'}")
-    process = avatar(environment, *words, "takes=300")
-    until(lambda: list(tmp_path.glob("store/stages/face/manifests/*")) or process.poll() is not None, bool)
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at("reference")
+    process = avatar(watch.environment(environment), *words, "takes=30")
+    watch.until_held(process)
+    until(lambda: list(tmp_path.glob("store/stages/face/manifests/*")), [process])
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    watch.release()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "what is finished is kept" in output

@@ -1,12 +1,10 @@
 """Clips that are denoised window by window, in a straight line and by the coordinator with its queues."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,9 +29,9 @@ from avatar_core.store.storage import Storage
 from flows.coordinate import Coordinator
 from flows.queues import LocalQueues
 from flows.run_settings import RunSettings
-from tests.flows.counted_backend import CALL_LOG, ITEM_S, read_calls
 from tests.flows.windowed_backend import WindowedBackend
 from tests.sample_rows import Watcher, attempts, flip_byte, videos, write_recording, write_table
+from tests.watch import Watch
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -232,18 +230,17 @@ def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
 
 
 def test_a_kill_costs_the_window_in_flight(values: Make, finished: Path, tmp_path: Path) -> None:
-    log = tmp_path / "calls.log"
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at("denoise", 2)
     script = "import sys, json, tests.flows.windowed_backend; from avatar_core.pipeline import render; "
     words = [sys.executable, "-c", script + "render(json.loads(sys.argv[1]))"]
     store = tmp_path / "store"
-    environment = {**os.environ, CALL_LOG: str(log), ITEM_S: "0.3"}
-    process = subprocess.Popen([*words, json.dumps(values(store, only=["long"]))], env=environment, cwd=ROOT)
-    while [stage for stage, _ in read_calls(log)].count("denoise") < 2:
-        assert process.poll() is None
-        time.sleep(0.005)
+    settings = json.dumps(values(store, only=["long"]))
+    process = subprocess.Popen([*words, settings], env=watch.environment(), cwd=ROOT)
+    watch.until_held(process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    killed = [key for stage, key in read_calls(log) if stage == "denoise"]
+    killed = [key for stage, key in watch.calls() if stage == "denoise"]
     assert killed == window_keys(store)["long"][:2]
     result, watcher = straight(values(store, only=["long"]))
     assert [row["key"] for stage, row in watcher.ended if stage == "denoise"] == window_keys(store)["long"][

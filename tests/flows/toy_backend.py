@@ -24,6 +24,9 @@ from avatar_core.stages.denoise import DenoiseStageConfig
 if "pytest" not in sys.modules:
     BACKENDS["toy"] = "tests.flows.toy_backend:ToyBackend"
 
+SILENCE_S = 5.0
+"""Longer than a child that works is kept waiting by a busy machine."""
+
 log = logging.getLogger("avatar_core.toy")
 _backends: list["ToyBackend"] = []
 _loads: list[str] = []
@@ -108,6 +111,14 @@ def report_often(report: ReportStep) -> float:
     while time.monotonic() < end_s:
         report(reports := reports + 1, 10**9)
     return reports
+
+
+def report_for_longer(report: ReportStep) -> None:
+    """Than `SILENCE_S`."""
+    end_s = time.monotonic() + 1.2 * SILENCE_S
+    while time.monotonic() < end_s:
+        report(0, 1)
+        time.sleep(0.01)
 
 
 def wait_for_cancel(report: ReportStep) -> None:

@@ -1,7 +1,7 @@
 """A backend that renders clips in windows, each of which depends on every bit of the one before.
 
-Importing this module makes the backend known as `windowed`. Like `counted`, whose log of calls it shares, it
-travels to children in its configuration.
+Importing this module makes the backend known as `windowed`. Like `counted`, it travels to children
+in its configuration.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

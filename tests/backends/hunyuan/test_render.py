@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from avatar_core.batch import open_batch
 from avatar_core.checkpoint import read_checkpoint
 from avatar_core.errors import Cancelled
 from avatar_core.pipeline import Result, render
+from tests.processes import until
 from tests.sample_rows import (
     Watcher,
     attempts,
@@ -34,6 +34,7 @@ from tests.sample_rows import (
     write_recording,
     write_table,
 )
+from tests.watch import Watch
 
 DURATION_S = 1.0
 BEFORE_DENOISE = ("face", "audio", "text", "reference")
@@ -328,13 +329,6 @@ def test_a_clip_stopped_between_steps_goes_on_from_there(
     assert list((tmp_path / "cache/unfinished").iterdir()) == []
 
 
-def is_second_clip_begun(store: Path, cache: Path) -> bool:
-    begun = {path.name for path in (cache / "unfinished").glob("*") if not path.suffix}
-    if not begun or not any(store.glob("stages/denoise/manifests/*.parquet")):
-        return False
-    return not begun <= set(attempts(store, "denoise")["key"])
-
-
 def test_a_killed_command_denoises_no_finished_clip_again(tiny: Path, folder: Path, tmp_path: Path) -> None:
     rows = [{**BASE, "name": audio, "audio": f"{audio}.wav"} for audio in ("hello", "again")]
     table = write_table(folder / "killed.csv", rows)
@@ -342,14 +336,17 @@ def test_a_killed_command_denoises_no_finished_clip_again(tiny: Path, folder: Pa
     words = ["render", str(table), "backend=hunyuan", "preset=tiny", f"storage.root={tmp_path / 'store'}"]
     words += [f"backend.denoise.{name}={value}" for name, value in settings.items()]
     words += [f"runtime.cache_dir={tmp_path / 'cache'}", "runtime.cpus=1"]
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at("denoise", 2, step=3)
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *words],
+        env=watch.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parents[3],
     )
-    while process.poll() is None and not is_second_clip_begun(tmp_path / "store", tmp_path / "cache"):
-        time.sleep(0.002)
+    watch.until_held(process)
+    until(lambda: any((tmp_path / "store").glob("stages/denoise/manifests/*.parquet")), [process])
     process.kill()
     assert process.wait() == -signal.SIGKILL
 

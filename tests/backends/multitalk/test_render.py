@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from avatar_core.backends.multitalk.official import convert
 from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
 from avatar_core.batch import open_batch
 from avatar_core.pipeline import Result
+from tests.processes import until
 from tests.sample_rows import (
     Watcher,
     attempts,
@@ -29,6 +29,7 @@ from tests.sample_rows import (
     write_recording,
     write_table,
 )
+from tests.watch import Watch
 
 DURATION_S = 0.48
 NUM_FRAMES, NUM_WINDOWS = 12, 2
@@ -309,14 +310,17 @@ def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: 
     words += [f"backend.denoise.{name}={value}" for name, value in settings.items()]
     words += ["backend.image_size=48"]
     words += [f"runtime.cache_dir={tmp_path / 'cache'}", "runtime.cpus=1"]
+    watch = Watch(tmp_path / "watch")
+    watch.hold_at("denoise", 2, step=3)
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *words],
+        env=watch.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=Path(__file__).parents[3],
     )
-    while process.poll() is None and num_finished_windows(store) < 1:
-        time.sleep(0.005)
+    watch.until_held(process)
+    until(lambda: num_finished_windows(store) == 1, [process])
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert num_finished_windows(store) == 1

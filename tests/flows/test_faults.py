@@ -153,7 +153,7 @@ def kill_and_go_on(runs: Runs, moments: Sequence[tuple[str, int]]) -> None:
         begun_before, committed = len(runs.calls()), runs.committed()
         runs.kill_at(stage, item)
         begun = runs.calls()
-        assert len({key for name, key in begun if name == stage}) == item
+        assert len({key for name, key in begun if name == stage}) in (item, item + 1)  # two processes
         assert not committed.intersection(begun[begun_before:])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from uuid import UUID
 
+from flows.prefect_client import load_prefect, prefect_client
 from flows.server import state_folder
 
 if TYPE_CHECKING:
@@ -55,16 +56,17 @@ def mark_alive(flow_run_id: UUID | str, run_count: int) -> None:
 def crash_lost_runs(api_url: str | None = None) -> None:
     """Sets runs that are shown as running, and whose process on this machine is gone, to `Crashed`.
 
-    `api_url` is a server that answers; without it the one that Prefect's settings name.
+    `api_url` is a server that answers; without it the one that Prefect's settings name. Raises `AvatarError`
+    where it cannot be asked.
     """
     lost = _lost_runs()
     if not lost:
         return  # the usual case, for which Prefect is not imported
-    from prefect.client.orchestration import SyncPrefectClient, get_client
+    load_prefect(api_url)
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(lost)))
-    with SyncPrefectClient(api_url) if api_url else get_client(sync_client=True) as client:
+    with prefect_client(api_url) as client:
         for run in client.read_flow_runs(flow_run_filter=wanted):
             # One that waits is about to be tried again; a higher count is a later attempt, wherever that is.
             under_way = run.state_type in ("RUNNING", "CANCELLING")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
+from flows import streams
+from flows.environment import create_console, settle_environment, working_directory_is_gone
 from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from avatar_core.config import Config
     from avatar_core.pipeline import Result
     from flows.execution import Execution
+    from flows.output import Destination
     from flows.terminal import View
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(weights_app, name="weights")
-console = Console()
-errors = Console(stderr=True)
+console = create_console()
+errors = create_console(stderr=True)
+log = logging.getLogger(__name__)
 
 EXIT_FAILED_ROWS, EXIT_ERROR, EXIT_CANCELLED = 1, 2, 130
 HEAD_START_S = 2.0
@@ -39,6 +42,16 @@ Words = Annotated[
         help="A table of rows, or one picture and one recording; then options such as video.fps=30, "
         "preset=draft, backend=preview, batch=demo.",
         show_default=False,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Copy the video here (one picture, one recording): a file, a folder, or - for standard output. "
+        "Further takes and parts are OUT-take2.mp4, OUT-part1.mp4, ...",
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first N rows.", metavar="N")]
@@ -82,26 +95,26 @@ def avatar(
 @app.command()
 def render(
     words: Words = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Copy the video here (one picture, one recording).")
-    ] = None,
+    output: Output = None,
     limit: Limit = None,
     only: Only = None,
     takes: Takes = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Render a table, a batch file, or one picture with one recording."""
+    from flows.output import opened_destination
     from flows.terminal import print_result
 
     config, is_pair = _configured(words or [], limit, only, takes, config_dir)
-    if output and not is_pair:
+    if output is not None and not is_pair:
         raise ConfigError(
             "-o/--output goes with one PICTURE and one RECORDING; a table's videos are in its dataset"
         )
-    result = _rendered(config)
-    print_result(console, result)
-    if output and result.failures.empty:
-        _copy_video(config, result, output)
+    with opened_destination(output, config) as destination:
+        result = _rendered(config, destination)
+        print_result(console, result)
+        for path in destination.copy_videos(result) if destination else ():
+            console.print(Text(f"written to {path}"), soft_wrap=True)
     _exit_for(result)
 
 
@@ -209,13 +222,20 @@ def up(
 ) -> None:
     """Start a Prefect server in the background: renders then show in its web pages."""
     from flows.alive import crash_lost_runs
-    from flows.server import start_server
+    from flows.prefect_client import load_prefect
+    from flows.server import start_server, stop_server
     from flows.status_view import print_server
     from flows.worker import ensure_work_pool
 
+    load_prefect()  # a server with settings that are wrong would end with a traceback in its log
     server, fresh = start_server(host, port)
-    ensure_work_pool(server.api_url)
-    crash_lost_runs(server.api_url)
+    try:
+        ensure_work_pool(server.api_url)
+        crash_lost_runs(server.api_url)
+    except BaseException:
+        if fresh:
+            stop_server()
+        raise
     print_server(console, server, fresh)
 
 
@@ -285,7 +305,7 @@ def doctor(overrides: Overrides = None) -> None:
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
-def _rendered(config: "Config") -> "Result":
+def _rendered(config: "Config", destination: "Destination | None" = None) -> "Result":
     """Where nothing is to do, the flow engine stays out: it takes seconds to start."""
     from avatar_core.batch import open_batch
     from avatar_core.pipeline import finish_batch, record_run, run_batch
@@ -293,6 +313,8 @@ def _rendered(config: "Config") -> "Result":
 
     with stoppable() as stopped, create_view(console) as view:
         batch = open_batch(config, view, stopped)
+        if destination:
+            destination.place(batch)
         run_id = record_run(batch)
         if any(stage_plan.to_do for stage_plan in batch.plan().values()):
             return _run_flow(batch, run_id, view, stopped)
@@ -314,9 +336,8 @@ def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], b
                 named = render_dataset.with_options(flow_run_name=run_id)
                 state = named(**flow_parameters(batch.config, run_id), return_state=True)
         except Exception as error:
-            if not execution.ended:
-                raise
-            view.warning(f"the Prefect server was not told of the end: {error}")
+            lost = "was not told of the end" if execution.ended else "does not show this run, which goes on"
+            view.warning(f"the Prefect server {lost}: {error}")
             return execution.result()
     if state.is_cancelled():
         raise Cancelled("stopped by the user")
@@ -326,6 +347,7 @@ def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], b
 @contextmanager
 def _prefect_server(execution: "Execution") -> Iterator[AvatarError | None]:
     """The user's server, that of `avatar up`, or one for this run alone; gives why that one is missing."""
+    from flows.prefect_client import load_prefect
     from flows.server import server_environment
     from flows.temporary_server import TemporaryServer
     from tasks import set_prefect_defaults
@@ -334,6 +356,11 @@ def _prefect_server(execution: "Execution") -> Iterator[AvatarError | None]:
     set_prefect_defaults()
     if "PREFECT_API_URL" in os.environ:  # soon there: on few cores it would slow down the start of the queues
         execution.wait_until_under_way(HEAD_START_S)
+    try:
+        load_prefect()
+    except AvatarError as error:
+        yield error
+        return
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     # Its own log goes to its server; here the view shows what counts.
@@ -402,15 +429,6 @@ def _configured(
     return config, len(files) == 2
 
 
-def _copy_video(config: "Config", result: "Result", output: Path) -> None:
-    from avatar_core.batch import batch_name, open_storage
-
-    clip = result.metadata.iloc[0]
-    path = f"datasets/{batch_name(config)}/{clip['file_name']}"
-    open_storage(config).copy_out(path, output, clip["sha256"])
-    console.print(Text(f"written to {output}"), soft_wrap=True)
-
-
 def _exit_for(result: "Result") -> None:
     if not result.ok:
         failed, total = len(result.failures), len(result.metadata)
@@ -423,7 +441,8 @@ def _exit_for(result: "Result") -> None:
 
 @contextmanager
 def stoppable() -> Iterator[Any]:
-    """Gives a function that tells whether Ctrl-C or SIGTERM came; a second one ends the process at once."""
+    """Gives a function that tells whether Ctrl-C or SIGTERM came, or nobody reads standard output any more; a
+    second signal ends the process at once."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -434,22 +453,51 @@ def stoppable() -> Iterator[Any]:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop.is_set
+        yield lambda: stop.is_set() or streams.reader_has_left()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def main() -> None:
-    """Entry point: our own errors are one line, not a traceback."""
+    """Entry point: our own errors, and the system's, are one line and not a traceback."""
+    settle_environment()
+    with streams.failing_streams_kept():
+        code = _run_command()
+        if streams.reader_has_left():
+            code = streams.EXIT_READER_LEFT
+        elif problem := streams.output_problem():
+            _print_error(f"standard output takes no more: {problem.strerror or problem}")
+            code = code or streams.EXIT_NOT_SHOWN
+    sys.exit(code)
+
+
+def _run_command() -> int:
+    """The exit code."""
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else EXIT_ERROR
     except (Cancelled, KeyboardInterrupt):
         errors.print("stopped; what is finished is kept, the same command goes on from here")
-        sys.exit(EXIT_CANCELLED)
+        return EXIT_CANCELLED
     except AvatarError as error:
-        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        sys.exit(EXIT_ERROR)
+        _print_error(str(error))
+    except OSError as error:
+        log.info("ended by the system", exc_info=True)
+        _print_error(_explained(error))
+    return EXIT_ERROR
+
+
+def _explained(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and working_directory_is_gone():
+        return "the working directory was deleted; change to another one"
+    about = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{about}"
+
+
+def _print_error(text: str) -> None:
+    errors.print(Text(f"error: {text}", style="red"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -94,14 +94,14 @@ def server_environment() -> dict[str, str]:
 
 def answers(api_url: str) -> bool:
     """Whether a Prefect server is there. A proxy in the environment is not asked."""
-    url = urlsplit(api_url)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     try:
+        url = urlsplit(api_url)
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname or "", url.port, timeout=_ANSWER_TIMEOUT_S)
         connection.request("GET", f"{url.path.rstrip('/')}/health")
         response = connection.getresponse()
         return response.status == 200 and response.read(16).strip() == b"true"
-    except (OSError, http.client.HTTPException):
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: that is no URL
         return False
 
 
@@ -154,9 +154,13 @@ def _launch(host: str, port: int) -> Server:
             start_new_session=True,
         )
     server = Server(process.pid, _start_of(process.pid) or "", address)
-    fresh = folder / "server.json.new"
-    fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")
-    fresh.replace(_record_path())
+    try:
+        fresh = folder / "server.json.new"
+        fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")
+        fresh.replace(_record_path())
+    except OSError:
+        _end(server, STOP_TIMEOUT_S)  # nobody would find it again
+        raise
     return server
 
 
@@ -181,8 +185,16 @@ def _wait_until_it_answers(server: Server, timeout_s: float) -> None:
 
 
 def _end_of_log() -> str:
-    lines = log_path().read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"the end of {log_path()}:", *lines[-_LOG_LINES_SHOWN:]])
+    text = log_path().read_text(encoding="utf-8", errors="replace")
+    return "\n".join([f"the end of {log_path()}:", *messages(text)[-_LOG_LINES_SHOWN:]])
+
+
+def messages(log: str) -> list[str]:
+    """Its lines without the places in the code that a traceback lists."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    return [
+        line for line in lines if not line.startswith((" ", "Traceback (most recent", "During handling of"))
+    ]
 
 
 def _end(server: Server, timeout_s: float) -> None:

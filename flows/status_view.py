@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from avatar_core.errors import AvatarError
 from avatar_core.status import RunStatus, RunSummary
 from flows.alive import crash_lost_runs
+from flows.prefect_client import load_prefect, prefect_client
 from flows.server import Server, answers, log_path, running_server, server_environment
 
 FAILURES_SHOWN = 20
@@ -75,21 +77,20 @@ def _flow_runs(run_id: str) -> list[str]:
     if not environment:
         return []
     os.environ.update(environment)
-    from httpx import HTTPError
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-    from prefect.client.schemas.sorting import FlowRunSort
-    from prefect.utilities.urls import url_for
-
-    wanted = FlowRunFilter(name=FlowRunFilterName(any_=[run_id]))
     try:
+        load_prefect()
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+        from prefect.client.schemas.sorting import FlowRunSort
+        from prefect.utilities.urls import url_for
+
+        wanted = FlowRunFilter(name=FlowRunFilterName(any_=[run_id]))
         crash_lost_runs()
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             runs = client.read_flow_runs(
                 flow_run_filter=wanted, sort=FlowRunSort.START_TIME_DESC, limit=FLOW_RUNS_SHOWN
             )
-    except HTTPError as error:
-        return [f"the server at {environment['PREFECT_API_URL']} does not show its flow run: {error}"]
+    except AvatarError as error:
+        return [f"its flow run is not shown: {error}"]
     return [f"flow run: {run.state_name}, {url_for(run)}" for run in runs]
 
 

@@ -13,12 +13,11 @@ import time
 from typing import IO
 
 from avatar_core.errors import AvatarError
-from flows.server import answers
+from flows.server import answers, messages
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 _ATTEMPTS = 3  # another program may take the port meanwhile
-_LOG_BYTES_SHOWN = 2000
 
 # On Linux the kernel ends it with its parent.
 _BOOT = """
@@ -82,10 +81,8 @@ class TemporaryServer:
 
     def _end_of_log(self) -> str:
         self._log.seek(0)
-        return (
-            " ".join(self._log.read()[-_LOG_BYTES_SHOWN:].decode(errors="replace").split())
-            or "no reason given"
-        )
+        lines = messages(self._log.read().decode(errors="replace"))
+        return lines[-1] if lines else "no reason given"
 
 
 def _free_port() -> int:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from avatar_core.errors import ConfigError
+from flows.environment import create_console
 
 weights_app = typer.Typer(no_args_is_help=True, help="Model files: what is there, fetch, verify, convert.")
-console = Console()
+console = create_console()
 
 _SPEECH = "kokoro"
 """Weights of no backend: what says texts serves all of them."""
@@ -78,7 +78,9 @@ def weights_tiny(
     """Write random weights in a backend's official file layout, to try everything without the real ones."""
     from avatar_core import weights
 
-    target = folder or weights.folder() / f"{backend}-tiny"
+    target = folder.expanduser() if folder else weights.folder() / f"{backend}-tiny"
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; give an empty or absent folder")
     _backend_module(backend, "tiny").write_tiny_checkpoint(target)
     console.print(Text(f"random weights for {backend}: in {target}"), soft_wrap=True)
 

@@ -20,6 +20,7 @@ from typing import Any
 import flows
 from avatar_core.errors import AvatarError, ConfigError
 from flows.alive import crash_lost_runs
+from flows.prefect_client import load_prefect, prefect_client
 from flows.server import server_environment
 
 POOL = "local"
@@ -30,8 +31,8 @@ _PACKAGE = "AVATAR_FLOWS_PACKAGE"
 
 
 def ensure_work_pool(api_url: str | None = None) -> None:
-    """On that server, or on the one that Prefect's settings name."""
-    from prefect.client.orchestration import SyncPrefectClient, get_client
+    """On that server, or on the one that Prefect's settings name. Raises `AvatarError`."""
+    load_prefect(api_url)
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.workers.process import ProcessWorker
@@ -40,7 +41,7 @@ def ensure_work_pool(api_url: str | None = None) -> None:
     template["variables"]["properties"]["command"]["default"] = COMMAND
     about = "Renders on this machine. `avatar worker` runs what is scheduled here."
     pool = WorkPoolCreate(name=POOL, type=ProcessWorker.type, description=about, base_job_template=template)
-    with SyncPrefectClient(api_url) if api_url else get_client(sync_client=True) as client:
+    with prefect_client(api_url) as client:
         try:
             client.create_work_pool(pool)
         except ObjectAlreadyExists:
@@ -117,6 +118,7 @@ def execute_run() -> None:
         )
     if os.getpgrp() != os.getpid():
         os.setpgrp()  # Ctrl-C goes to the worker alone, which asks its runs to stop just once
+    load_prefect()
     import_module("flows.render")  # with all that it needs, from where they are safe
     logging.getLogger("prefect.flow_runs").addFilter(_is_news)
     sys.argv[1:] = []  # where Prefect would look for the run's id first

@@ -1,0 +1,95 @@
+"""Prefect and its client, with a sentence where the environment is against them."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from avatar_core.errors import AvatarError, ConfigError, shown
+from flows.proxies import is_loopback, leave_out_unusable_proxies, reach_directly, unusable_proxies
+from flows.server import running_server
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+
+def load_prefect(api_url: str | None = None) -> None:
+    """Imports it and makes sure that its client can be made, for `api_url` or what its settings name.
+
+    Raises `ConfigError` where a setting or a proxy is wrong.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of folders; what they cost is told later on
+            import prefect.context  # noqa: F401
+    except Exception as error:  # settings come from many places, and each has exceptions of its own
+        raise ConfigError(_explained(error)) from error
+    from prefect.settings import get_current_settings
+
+    url = api_url or get_current_settings().api.url
+    host = _host(url)
+    if host is None or is_loopback(host) or _is_ours(url):
+        reach_directly(*filter(None, [host]))
+        leave_out_unusable_proxies()
+    elif names := unusable_proxies():
+        raise ConfigError(
+            f"the Prefect server at {host} cannot be reached by the proxy in {', '.join(names)}: such a "
+            "proxy is http://HOST:PORT, or socks5://HOST:PORT after `pip install socksio`; mend or unset it"
+        )
+
+
+@contextmanager
+def prefect_client(api_url: str | None = None) -> Iterator["SyncPrefectClient"]:
+    """A client of that server, or of the one that Prefect's settings name, after `load_prefect`. Whatever
+    goes wrong with it, or is raised within, is an `AvatarError`."""
+    from prefect.client.orchestration import SyncPrefectClient, get_client
+
+    try:
+        with SyncPrefectClient(api_url) if api_url else get_client(sync_client=True) as client:
+            yield client
+    except AvatarError:
+        raise
+    except Exception as error:  # of httpx, of Prefect, of TLS
+        reason = " ".join(str(error).split()) or type(error).__name__
+        place = api_url or os.environ.get("PREFECT_API_URL") or "that the settings name"
+        raise AvatarError(f"the Prefect server {_without_login(place)} cannot be used: {reason}") from error
+
+
+def _explained(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    places = "the PREFECT_... variables, profiles.toml, prefect.toml or .env"
+    if not isinstance(error, ValidationError):
+        return f"Prefect's settings cannot be read ({' '.join(str(error).split())}); look into {places}"
+    problems = [
+        f"{_variable(problem)}: {problem['msg']} (got {shown(problem['input'])})"
+        for problem in error.errors()
+        if problem["type"] != "default_factory_not_called"  # follows from another one
+    ]
+    return f"Prefect's settings are wrong: {'; '.join(problems)}; they come from {places}"
+
+
+def _variable(problem: Any) -> str:
+    """The variable that holds what was refused, else the setting's own name."""
+    refused, ending = str(problem["input"]).casefold(), f"_{'_'.join(map(str, problem['loc']))}".upper()
+    names = [name for name in os.environ if name.startswith("PREFECT_")]
+    holding = [name for name in names if os.environ[name].casefold() == refused]
+    return next(iter([name for name in holding if name.endswith(ending)] or holding), ending[1:].lower())
+
+
+def _host(url: str | None) -> str | None:
+    try:
+        return urlsplit(url).hostname if url else None
+    except ValueError:
+        return None
+
+
+def _is_ours(url: str | None) -> bool:
+    server = running_server()
+    return server is not None and url == server.api_url
+
+
+def _without_login(url: str) -> str:
+    login, separator, place = url.rpartition("@")
+    return f"{login.partition('://')[0]}://{place}" if separator else url

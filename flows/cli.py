@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +19,9 @@ from flows.environment import create_console, settle_environment, working_direct
 from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
-    from avatar_core.batch import Batch
     from avatar_core.config import Config
     from avatar_core.pipeline import Result
-    from flows.execution import Execution
     from flows.output import Destination
-    from flows.terminal import View
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(weights_app, name="weights")
@@ -309,6 +306,7 @@ def _rendered(config: "Config", destination: "Destination | None" = None) -> "Re
     """Where nothing is to do, the flow engine stays out: it takes seconds to start."""
     from avatar_core.batch import open_batch
     from avatar_core.pipeline import finish_batch, record_run, run_batch
+    from flows.showing import run_shown
     from flows.terminal import create_view
 
     with stoppable() as stopped, create_view(console) as view:
@@ -317,84 +315,8 @@ def _rendered(config: "Config", destination: "Destination | None" = None) -> "Re
             destination.place(batch)
         run_id = record_run(batch)
         if any(stage_plan.to_do for stage_plan in batch.plan().values()):
-            return _run_flow(batch, run_id, view, stopped)
+            return run_shown(batch, run_id, view, stopped)
         return finish_batch(batch, run_id, lambda: run_batch(batch, view, stopped), view)
-
-
-def _run_flow(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
-    """The work begins at once; Prefect shows it from when it is there."""
-    from flows.execution import Execution
-
-    with Execution(batch, run_id, view, stopped) as execution, _prefect_server(execution) as missing:
-        if missing:
-            view.warning(f"{missing}; the batch goes on without it")
-            return execution.result()
-        from flows.render import flow_parameters, handed_over, render_dataset
-
-        try:
-            with handed_over(execution):
-                named = render_dataset.with_options(flow_run_name=run_id)
-                state = named(**flow_parameters(batch.config, run_id), return_state=True)
-        except Exception as error:
-            lost = "was not told of the end" if execution.ended else "does not show this run, which goes on"
-            view.warning(f"the Prefect server {lost}: {error}")
-            return execution.result()
-    if state.is_cancelled():
-        raise Cancelled("stopped by the user")
-    return execution.result()
-
-
-@contextmanager
-def _prefect_server(execution: "Execution") -> Iterator[AvatarError | None]:
-    """The user's server, that of `avatar up`, or one for this run alone; gives why that one is missing."""
-    from flows.prefect_client import load_prefect
-    from flows.server import server_environment
-    from flows.temporary_server import TemporaryServer
-    from tasks import set_prefect_defaults
-
-    os.environ.update(server_environment())
-    set_prefect_defaults()
-    if "PREFECT_API_URL" in os.environ:  # soon there: on few cores it would slow down the start of the queues
-        execution.wait_until_under_way(HEAD_START_S)
-    try:
-        load_prefect()
-    except AvatarError as error:
-        yield error
-        return
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    # Its own log goes to its server; here the view shows what counts.
-    logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if url := PREFECT_API_URL.value():
-        _check_server(url)
-        yield None
-        return
-    with TemporaryServer() as server:
-        import flows.render  # takes as long as the server does
-
-        try:
-            url = server.wait()
-        except AvatarError as error:
-            yield error
-            return
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield None
-            flows.render.send_what_is_left()
-
-
-def _check_server(url: str) -> None:
-    from prefect.client.orchestration import get_client
-
-    try:
-        with get_client(sync_client=True) as client:
-            problem = client.api_healthcheck()
-    except Exception as error:
-        problem = error
-    if problem:
-        raise ConfigError(
-            f"the Prefect server at {url} does not answer ({problem}); start it, or unset PREFECT_API_URL"
-        )
 
 
 def _configured(
@@ -469,6 +391,8 @@ def main() -> None:
         elif problem := streams.output_problem():
             _print_error(f"standard output takes no more: {problem.strerror or problem}")
             code = code or streams.EXIT_NOT_SHOWN
+    if (showing := sys.modules.get("flows.showing")) and showing.is_left_behind():
+        os._exit(code)
     sys.exit(code)
 
 

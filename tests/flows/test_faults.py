@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
+from flows.server import answers
 from tests.flows.conftest import PrefectServer
 from tests.flows.windowed_backend import WindowedBackend
 from tests.processes import descendants, kill_tree, until
@@ -193,6 +195,7 @@ def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -
     process = runs.start()
     runs.watch.until_held(process)
     (server,) = until(lambda: [pid for pid in descendants(process.pid) if is_server(pid)], [process])
+    until(lambda: has_flow_run(server), [process], PATIENCE_S)
     os.kill(server, signal.SIGKILL)
     runs.watch.release()
     until((runs.store / "datasets/batch/metadata.parquet").exists, [process])
@@ -201,8 +204,18 @@ def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -
     assert runs.videos == unbroken.videos
 
 
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
 def is_server(pid: int) -> bool:
-    return b"create_app" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return any("create_app" in word for word in command_of(pid))
+
+
+def has_flow_run(server: int) -> bool:
+    words = command_of(server)
+    api = f"http://127.0.0.1:{words[words.index('--port') + 1]}/api"
+    return answers(api) and bool(httpx.post(f"{api}/flow_runs/filter", json={}, timeout=PATIENCE_S).json())
 
 
 def test_a_clip_killed_in_its_second_window_goes_on_there(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from avatar_core.errors import ConfigError
 
@@ -18,6 +18,12 @@ Positive = Annotated[float, Field(gt=0)]
 FRAME_RATE = Field(ge=1, le=120)
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _lossy(crf: int) -> int:
+    if crf == 0:
+        raise ValueError("0 is lossless, which most players cannot show; use 1, the least allowed")
+    return crf
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class VideoConfig:
     __pydantic_config__ = _STRICT
     fps: Annotated[float, FRAME_RATE] = 25.0
     max_side: Annotated[int, Field(ge=64, le=8192)] = 1280
-    crf: Annotated[int, Field(ge=0, le=51)] = 20
+    crf: Annotated[int, AfterValidator(_lossy), Field(ge=1, le=51)] = 20
     x264_preset: Literal[
         "ultrafast",
         "superfast",
@@ -194,4 +200,4 @@ def _problem(kind: Any, path: list[str], skip: int, error: dict[str, Any]) -> st
         return f"unknown option `{name}`{nearest(name, option_names(kind, prefix))}"
     secret = name.startswith("storage.options")
     got = f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) and not secret else ""
-    return f"option `{name}`: {error['msg']}{got}"
+    return f"option `{name}`: {error['msg'].removeprefix('Value error, ')}{got}"

@@ -53,6 +53,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ("video.fps", 121),
         ("video.fps", float("nan")),
         ("video.fps", "fast"),
+        ("video.crf", -1),
         ("video.crf", 52),
         ("video.crf", 20.5),
         ("video.max_side", 32),
@@ -71,6 +72,15 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_a_value_out_of_range_is_refused_by_name(path: str, value: Any) -> None:
     group, _, name = path.partition(".")
     assert f"option `{path}`: " in refusal({group: {name: value}})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0"])
+def test_lossless_videos_are_refused_with_the_reason(value: Any) -> None:
+    assert refusal({"video": {"crf": value}}) == (
+        "option `video.crf`: 0 is lossless, which most players cannot show; use 1, the least allowed "
+        f"(got {value!r})"
+    )
+    assert parse(Config, {"video": {"crf": 1}}).video.crf == 1
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ class VideoWriter:
 
     Sound that lasts longer than the frames is cut at the end of the last one. The same frames, sound and
     settings give the same bytes on one machine. Width and height must be even (yuv420p); colours are
-    tagged BT.709, limited range.
+    tagged BT.709, limited range. The profile of H.264 is High at most, which players and hardware know;
+    `crf`, 1 (best) to 51, has no 0, since lossless pictures need another profile.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class VideoWriter:
     ) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"a video of {width}x{height}: both sides must be even")
+        if not 1 <= crf <= 51:
+            raise ValueError(
+                f"a video of crf {crf}; allowed: 1 to 51 (0, lossless, is a profile few players know)"
+            )
         if sound and (sound.sample_rate not in AAC_SAMPLE_RATES or sound.channels not in (1, 2)):
             raise ValueError(
                 f"AAC sound with {sound.channels} channels at {sound.sample_rate} Hz; allowed: 1 or 2 at "
@@ -91,7 +96,14 @@ class VideoWriter:
 
     def _add_pictures(self, crf: int, preset: str, threads: int) -> VideoStream:
         stream = self._container.add_stream("libx264", rate=self.fps)
-        stream.options = {"crf": str(crf), "preset": preset}
+        stream.options = {
+            "crf": str(crf),
+            "preset": preset,
+            "profile": "high",
+            # Otherwise x264's macroblock tree rounds as the CPU likes, and its AVX-512 code reads memory that
+            # nobody wrote, so that equal frames give different files.
+            "x264-params": "cpu-independent=1",
+        }
         stream.height, stream.width = self.shape[:2]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

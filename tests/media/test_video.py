@@ -2,12 +2,14 @@ import hashlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from avatar_core.config import VideoConfig
 from avatar_core.errors import InputError
 from avatar_core.media.audio import load_mono, probe_audio
 from avatar_core.media.video import (
@@ -111,6 +113,50 @@ def test_colours_are_tagged_and_survive(tmp_path: Path) -> None:
         context = container.streams.video[0].codec_context
         tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
         assert (context.pix_fmt, *tags) == ("yuv420p", 1, 1, 1, 1)
+
+
+def stream_kind(path: Path) -> tuple[str | None, str, int]:
+    """Profile, pixel format and level (times ten) that are written in the file."""
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert len(list(container.decode(video=0))) == 3
+        return context.profile, context.pix_fmt, context.extradata[3]
+
+
+@pytest.mark.parametrize("preset", get_args(get_type_hints(VideoConfig)["x264_preset"]))
+@pytest.mark.parametrize("crf", [1, 20, 51])
+def test_every_quality_is_of_a_profile_that_plays_everywhere(tmp_path: Path, preset: str, crf: int) -> None:
+    profile = "Constrained Baseline" if preset == "ultrafast" else "High"
+    path = write_noise(tmp_path / "a.mp4", 64, 48, preset=preset, crf=crf)
+    assert stream_kind(path) == (profile, "yuv420p", 10)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "fps", "level"),
+    [
+        (2, 2, 1, 10),
+        (2, 64, 120, 10),
+        (64, 2, 29.97, 10),
+        (322, 242, 25, 13),
+        (1280, 720, 25, 31),
+        (1280, 720, 120, 42),
+        (8192, 64, 1, 51),
+        (64, 8192, 120, 51),
+    ],
+)
+def test_every_size_and_rate_is_of_a_profile_that_plays_everywhere(
+    tmp_path: Path, width: int, height: int, fps: float, level: int
+) -> None:
+    path = write_noise(tmp_path / "a.mp4", width, height, fps)
+    assert stream_kind(path) == ("High", "yuv420p", level)
+
+
+def write_noise(path: Path, width: int, height: int, fps: float = 25, **settings: Any) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    with VideoWriter(path, width, height, fps, **{"preset": "veryfast", **settings}) as writer:
+        for step in range(3):
+            writer.write_frame(np.roll(noise, step, axis=1))
+    return path
 
 
 @pytest.mark.parametrize("sample_rate", AAC_SAMPLE_RATES)
@@ -223,6 +269,9 @@ def test_wrong_frames_and_settings(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "a.mp4", 65, 48, 25)
     with pytest.raises(ValueError, match="96000 Hz; allowed"):
         VideoWriter(tmp_path / "a.mp4", 64, 48, 25, Sound(iter(()), 96_000, 1))
+    for crf in (0, 52):
+        with pytest.raises(ValueError, match=f"crf {crf}; allowed: 1 to 51"):
+            VideoWriter(tmp_path / "a.mp4", 64, 48, 25, crf=crf)
     for wrong in (
         np.zeros((48, 64), np.uint8),
         np.zeros((64, 48, 3), np.uint8),

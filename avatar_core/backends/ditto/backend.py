@@ -31,7 +31,7 @@ class DittoBackend:
     name = "ditto"
     label = "Ditto"
     config_type = DittoConfig
-    versions: ClassVar = MappingProxyType(dict.fromkeys(STAGES, 1))
+    versions: ClassVar = MappingProxyType(dict.fromkeys(STAGES, 1) | {"decode": 2})
     guessed_seconds: ClassVar = MappingProxyType(
         {"audio": 1.0, "reference": 3.0, "denoise": 0.2, "decode": 1.0}
     )

@@ -148,8 +148,8 @@ def rerun(
         if override.option.partition(".")[0] not in ("storage", "runtime", "batch"):
             raise ConfigError(
                 f"{override.shown} would change what was recorded; rerun takes storage.* and runtime.* only, "
-                "and batch=NAME for those in it: for other options use `avatar render`, which keeps what stays "
-                "the same"
+                "and batch=NAME for those in it: for other options use `avatar render`, which keeps what "
+                "stays the same"
             )
     config = compose_config(overrides or [], config_dir)
     result = _rendered(rerun_config(config, run, stage=stage, only_failed=failed))

@@ -43,7 +43,7 @@ def compose_config(
     """
     files = OptionFiles(_own_folder(config_dir))
     words = [read_override(word) for word in overrides]
-    values = _set(_composed(files, words), words, given or {}, files)
+    values = apply_overrides(_composed(files, words), words, given or {}, files)
     try:
         also = [*backend_options(values.get("backend", {}).get("name")), *GROUPS]
         config = parse(Config, values, also=also)
@@ -75,8 +75,8 @@ class _Source(ConfigSource):
             config = OmegaConf.create(values)
         except OmegaConfBaseException as error:
             raise ConfigError(
-                f"{self._files.find(config_path)}: option `{error.full_key}` holds `${{` and is no reference such as "
-                "${video.fps}; write \\${ for the text"
+                f"{self._files.find(config_path)}: option `{error.full_key}` holds `${{`, but no reference "
+                "such as ${video.fps}; write \\${ for the text"
             ) from None
         return ConfigResult(self.provider, self.full_path(), config, header={"package": "_global_"})
 
@@ -164,7 +164,7 @@ def _grammar(text: str) -> Any:
 # --- overrides
 
 
-def _set(
+def apply_overrides(
     config: DictConfig, words: Sequence[Override], given: Mapping[str, Any], files: OptionFiles
 ) -> dict[str, Any]:
     """Plain values, after what the words and `given` set; a table given takes the place of a file's rows."""
@@ -202,13 +202,13 @@ def _set(
 
 
 def _remove(config: DictConfig, word: Override, annotation: Any, backend: str | None) -> None:
-    if annotation is None:
-        names = [*option_names(Config), *backend_options(backend), *GROUPS]
-        raise ConfigError(f"{word.shown}: unknown option `{word.option}`{nearest(word.option, names)}")
     section, _, name = word.option.rpartition(".")
     place = OmegaConf.select(config, section) if section else config
-    if isinstance(place, DictConfig):
-        place.pop(name, None)
+    if isinstance(place, DictConfig) and name in place:
+        place.pop(name)
+    elif annotation is None:
+        names = [*option_names(Config), *backend_options(backend), *GROUPS]
+        raise ConfigError(f"{word.shown}: unknown option `{word.option}`{nearest(word.option, names)}")
 
 
 def _own_folder(named: Path | None) -> Path | None:

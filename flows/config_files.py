@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import yaml
-
 from avatar_core.config import nearest
 from avatar_core.errors import ConfigError
 from avatar_core.resources import resource
+from flows.plain_yaml import TWICE, parse_options
 
 GROUPS = ("batch", "preset", "storage", "backend")
 """What is chosen by name; what comes first wins."""
@@ -30,8 +29,6 @@ OF_A_SECTION = ("storage", "backend")
 SUFFIXES = (".yaml", ".yml")
 
 _HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
-_INT = re.compile(r"-?(?:0|[1-9][0-9]*)$")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
 
 
 class OptionFiles:
@@ -86,7 +83,7 @@ class OptionFiles:
         path = self.find(config_path)
         assert path is not None
         text = _text(path)
-        values = _mapping(path, text)
+        values = parse_options(text, path)
         group = config_path.partition("/")[0]
         if config_path == PRIMARY:
             return values
@@ -182,46 +179,11 @@ def _from_the_root(
         for section in sections:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict) or name in place:
-            raise ConfigError(f"{where}: {_TWICE.format(key)}")
+            raise ConfigError(f"{where}: {TWICE.format(key)}")
         place[name] = value
     if "hydra" in nested:
         raise ConfigError(f"{where}: unknown option `hydra`; a file holds options of a run only")
     return nested
-
-
-# --- YAML
-
-
-_TWICE = "`{}` is there twice; write it once"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its surprises: 12:30, 007, 1_000 and 2024-05-01 stay what was written, 1e3 is a number,
-    keys are text, and one that is there twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"`{key.value}` is there twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def read_yaml(text: str) -> Any:
-    """Raises `yaml.YAMLError`."""
-    return yaml.load(text, _Loader)
 
 
 def _text(path: Path) -> str:
@@ -232,28 +194,3 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}, line {line}: is not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _mapping(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{_explained(error)}") from None
-    if values is None:
-        raise ConfigError(f"{path}: is empty; write options, such as `table: batch.csv`, or {{}} for none")
-    if not isinstance(values, dict):
-        kind = "a list" if isinstance(values, list) else f"just {values!r}"
-        raise ConfigError(f"{path}: is {kind}; write options by name, such as `table: batch.csv`")
-    return values
-
-
-def _explained(error: yaml.YAMLError) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    if "'\\t'" in str(problem):
-        return f"{line}: holds a tab; indent with spaces"
-    if problem and problem.startswith("`"):
-        return f"{line}: {problem}"
-    if not problem:
-        return f"{line}: is no YAML ({' '.join(str(error).split())})"
-    return f"{line}: is no YAML ({problem}); a text with special characters goes in quotes"

@@ -10,7 +10,8 @@ import yaml
 
 from avatar_core.errors import ConfigError
 from avatar_core.option_types import is_text, list_items, needs_brackets, takes_only_lists
-from flows.config_files import GROUPS, read_yaml
+from flows.config_files import GROUPS
+from flows.plain_yaml import read_yaml
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<option>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 _REMOVAL = re.compile(r"~(?P<option>[A-Za-z_][\w.-]*)")

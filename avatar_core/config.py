@@ -46,7 +46,13 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Text = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+def _check_encoding(text: str) -> str:
+    if text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+        raise ValueError(f"{text!r} is not UTF-8; give it, or the file, another name")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(_as_text), Field(min_length=1), AfterValidator(_check_encoding)]
 Place = Annotated[Text, AfterValidator(check_place)]
 """A path or URI."""
 Positive = Annotated[float, Field(gt=0)]

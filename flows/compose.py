@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -25,7 +25,16 @@ from avatar_core.errors import ConfigError
 from avatar_core.resources import resource
 from flows.config_files import CONFIG_DIR, GROUPS, PRIMARY, OptionFiles
 from flows.option_errors import backend_options, explained, origin, type_of
-from flows.overrides import Override, Several, escaped, is_override, quoted, read_override, read_value
+from flows.overrides import (
+    Override,
+    Several,
+    escaped,
+    is_override,
+    quoted,
+    read_choice,
+    read_override,
+    read_value,
+)
 
 __all__ = ["compose_config", "is_override", "quoted"]
 
@@ -111,10 +120,7 @@ def _composed(files: OptionFiles, words: Sequence[Override]) -> DictConfig:
     for word in words:
         if word.is_choice:
             group = word.option.removesuffix(".name")
-            several = (word.value or "").lstrip().startswith("[")
-            value = read_value(word, tuple[str, ...] if several else str, _grammar)
-            [value] = OmegaConf.to_container(OmegaConf.create([value]), resolve=True)  # not escaped
-            chosen[group] = files.choice(group, value, word.shown)
+            chosen[group] = files.choice(group, read_choice(word), word.shown)
         elif word.option == "backend" and "name" in (section := _section(word)):
             chosen["backend"] = files.choice("backend", section["name"], word.shown)
     hydra_words = [
@@ -151,11 +157,12 @@ def _grammar(text: str) -> Any:
     """A value as Hydra reads it on its own command line. Raises `ValueError`."""
     parser = OverridesParser.create()
     try:
-        value = parser.parse_override(f"option={text}").value()
+        value: Any = parser.parse_override(f"option={text}").value()
         if isinstance(value, ChoiceSweep) and value.simple_form:
-            return Several(parser.parse_override(f"option=[{text}]").value())
-    except HydraException:
-        value = None if text == "null" else ChoiceSweep([])
+            value = parser.parse_override(f"option=[{text}]").value()
+            return Several(value)
+    except HydraException as error:
+        raise ValueError(text) from error
     if isinstance(value, Sweep):
         raise ValueError(text)
     return value
@@ -197,8 +204,7 @@ def apply_overrides(
         reason = re.sub("^KeyError raised while resolving interpolation: ", "", _first_line(error)).strip('"')
         option = f"option `{error.full_key}`: {reason}; set it, or write the value itself"
         raise ConfigError(f"{where}: {option}" if where else option) from None
-    assert isinstance(values, dict)
-    return values
+    return cast("dict[str, Any]", values)
 
 
 def _remove(config: DictConfig, word: Override, annotation: Any, backend: str | None) -> None:

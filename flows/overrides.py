@@ -84,6 +84,16 @@ def read_value(override: Override, annotation: Any, grammar: Grammar) -> Any:
     return value
 
 
+def read_choice(override: Override) -> str | list[str] | None:
+    """The name of a group's file, or several in brackets; None for none."""
+    text = (override.value or "").strip()
+    if override.value is None or text == "null":
+        return None
+    if text.startswith("[") and text.endswith("]"):
+        return [_bare(name) for name in _split(text[1:-1])]
+    return _bare(text)
+
+
 def escaped(value: Any) -> Any:
     """The value with every text as OmegaConf takes it literally: backslashes count only before `${`."""
     if isinstance(value, str):
@@ -97,6 +107,10 @@ def quoted(value: Any) -> str:
     """A value as an override holds it literally, whatever is in it: backslashes count only before a quote."""
     text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped(str(value)))
     return f"'{text}'"
+
+
+def _bare(name: str) -> str:
+    return name[1:-1] if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"" else name
 
 
 def _unquoted(text: str, grammar: Grammar) -> str:

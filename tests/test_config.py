@@ -133,6 +133,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ("d:/a", "is a Windows path; give a POSIX path, in WSL /mnt/d/a"),
         ("a\0b", "holds a character that no file name can have"),
         ("~nobody-here/a", "there is no user nobody-here; write ./~nobody-here/a for a name"),
+        ("caf\udce9.csv", "is not UTF-8; give it, or the file, another name"),
         ("", "give text that is not empty"),
         (3.5, "give text that is not empty"),
     ],

@@ -112,7 +112,7 @@ def located(config: Config) -> Config:
     """The same batch with absolute paths, so that its record holds from any folder."""
     here = str(Path.cwd() / "rows")
     if config.table and "://" not in config.table:
-        config = dataclasses.replace(config, table=str(Path(config.table).resolve()))
+        config = dataclasses.replace(config, table=str(Path(config.table).expanduser().resolve()))
     rows = tuple({name: _located(name, value, here) for name, value in row.items()} for row in config.rows)
     return dataclasses.replace(config, rows=rows)
 

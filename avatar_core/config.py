@@ -6,14 +6,55 @@ are reported together. Defaults stand here; `conf/config.yaml` shows them and a 
 
 import dataclasses
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from avatar_core.errors import ConfigError
+from avatar_core.errors import ConfigError, shown
+from avatar_core.option_types import choices, described, is_text, option_type
 
+_WINDOWS_PATH = re.compile(r"([A-Za-z]):[\\/]")
+
+
+def check_place(place: str) -> str:
+    """A path or URI, as it is. Raises `ValueError` for what no file here can be called."""
+    if found := _WINDOWS_PATH.match(place):
+        rest = place[found.end() :].replace("\\", "/")
+        raise ValueError(
+            f"{place} is a Windows path; give a POSIX path, in WSL /mnt/{found[1].lower()}/{rest}"
+        )
+    if "\0" in place:
+        raise ValueError(f"{place!r} holds a character that no file name can have")
+    if place.startswith("~"):
+        try:
+            Path(place).expanduser()
+        except RuntimeError:
+            user = place.partition("/")[0]
+            raise ValueError(f"{place}: there is no user {user[1:]}; write ./{place} for a name") from None
+    return place
+
+
+def _as_text(value: Any) -> Any:
+    """Paths as text, and whole numbers, which is what YAML makes of a name such as 2024."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _check_encoding(text: str) -> str:
+    if text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+        raise ValueError(f"{text!r} is not UTF-8; give it, or the file, another name")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(_as_text), Field(min_length=1), AfterValidator(_check_encoding)]
+Place = Annotated[Text, AfterValidator(check_place)]
+"""A path or URI."""
 Positive = Annotated[float, Field(gt=0)]
 FRAME_RATE = Field(ge=1, le=120)
 
@@ -32,7 +73,7 @@ class InputConfig:
 
     __pydantic_config__ = _STRICT
     allow_network: bool = False
-    allowed_roots: tuple[str, ...] = ()
+    allowed_roots: tuple[Place, ...] = ()
     max_bytes: Annotated[int, Field(gt=0)] = 2 * 1024**3
     max_pixels: Annotated[int, Field(gt=0)] = 50_000_000
     max_duration_s: Positive = 3600.0
@@ -94,7 +135,7 @@ class StorageConfig:
     """`options` go to fsspec (endpoint, credentials, profile) and are never written anywhere."""
 
     __pydantic_config__ = _STRICT
-    root: str = "./avatar-store"
+    root: Place = "./avatar-store"
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -114,7 +155,7 @@ class RuntimeConfig:
     memory: str = "auto"
     item_timeout_s: Positive = 1800.0
     retries: Annotated[int, Field(ge=0)] = 2
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     cache_bytes: Annotated[int, Field(gt=0)] = 20 * 1024**3
     shard_seconds: Positive = 10.0
 
@@ -124,13 +165,13 @@ class Config:
     """One batch. `table` is a path or URI; `rows` may hold the rows themselves instead."""
 
     __pydantic_config__ = _STRICT
-    table: str | None = None
+    table: Place | None = None
     rows: tuple[Mapping[str, Any], ...] = ()
-    name: str | None = None
+    name: Text | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     takes: Annotated[int, Field(ge=1, le=1000)] = 1
     limit: Annotated[int, Field(ge=1)] | None = None
-    only: tuple[str, ...] = ()
+    only: tuple[Text, ...] = ()
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     budget_hours: Positive | None = None
     retry_failed: bool = False
@@ -151,19 +192,20 @@ class Config:
 T = TypeVar("T")
 
 
-def parse(kind: type[T], values: Any, where: str = "") -> T:
+def parse(kind: type[T], values: Any, where: str = "", also: Sequence[str] = ()) -> T:
     """Build the dataclass `kind` from plain values, e.g. "fps": "25" becomes 25.0.
 
-    Raises `ConfigError` listing every problem; `where` is the path of `values` in the whole configuration.
+    Raises `ConfigError` listing every problem; `where` is the path of `values` in the whole configuration,
+    `also` are further names that an unknown option may have been meant to be.
     """
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        prefix = [where] if where else []
-        problems = [
-            _problem(kind, [*prefix, *map(str, e["loc"])], len(prefix), dict(e)) for e in error.errors()
-        ]
-        raise ConfigError("; ".join(problems)) from None
+        problems: dict[str, str] = {}
+        for entry in error.errors():
+            name, text = _problem(kind, values, f"{where}." if where else "", dict(entry), also)
+            problems.setdefault(name, text)
+        raise ConfigError("; ".join(problems.values()), problems) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -193,11 +235,30 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _problem(kind: Any, path: list[str], skip: int, error: dict[str, Any]) -> str:
-    name = ".".join(path)
+def _problem(
+    kind: Any, values: Any, prefix: str, error: dict[str, Any], also: Sequence[str]
+) -> tuple[str, str]:
+    """The option that an error of pydantic is about, and a sentence on it."""
+    path: list[str] = []
+    for part in map(str, error["loc"]):
+        if not dataclasses.is_dataclass(option_type(kind, ".".join(path)) if path else kind):
+            break  # the rest says which alternative or item it is
+        path.append(part)
+        values = values.get(part) if isinstance(values, Mapping) else getattr(values, part, None)
+    name = prefix + ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        prefix = ".".join(path[:skip]) + "." if skip else ""
-        return f"unknown option `{name}`{nearest(name, option_names(kind, prefix))}"
-    secret = name.startswith("storage.options")
-    got = f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) and not secret else ""
-    return f"option `{name}`: {error['msg'].removeprefix('Value error, ')}{got}"
+        return name, f"unknown option `{name}`{nearest(name, [*option_names(kind, prefix), *also])}"
+    if not path:
+        return name, f"a configuration is a mapping such as {{'table': 'batch.csv'}} (got {shown(values)})"
+    return name, f"option `{name}`: {_advice(option_type(kind, '.'.join(path)), values, name, error)}"
+
+
+def _advice(annotation: Any, value: Any, name: str, error: dict[str, Any]) -> str:
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    quoting = ", in quotes" if is_text(annotation) else ""
+    quoting = quoting if isinstance(value, bool | int | float) else ""
+    hint = nearest(value, choices(annotation)) if isinstance(value, str) else ""
+    secret = name == "storage" or name.startswith("storage.options")
+    got = f" (got {shown(value)})" if not secret and not isinstance(value, Mapping) else ""
+    return f"give {described(annotation)}{quoting}{got}{hint}"

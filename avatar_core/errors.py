@@ -11,7 +11,7 @@
 A message says what was got, what is allowed and what to do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -20,7 +20,11 @@ class AvatarError(Exception):
 
 
 class ConfigError(AvatarError):
-    pass
+    """`problems` says what is wrong by option, dotted, where that is what is wrong."""
+
+    def __init__(self, message: str, problems: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.problems = dict(problems or {})
 
 
 class InputError(AvatarError):

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,9 +36,10 @@ HEAD_START_S = 2.0
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[TABLE | PICTURE RECORDING] [OVERRIDE ...]",
-        help="A table of rows, or one picture and one recording; then options such as video.fps=30, "
-        "preset=draft, backend=preview, batch=demo.",
+        metavar="[TABLE | BATCH.yaml | PICTURE RECORDING] [OVERRIDE ...]",
+        help="A table of rows, a batch file, or one picture and one recording; then options such as "
+        "video.fps=30, preset=draft, backend=preview, batch=demo. Text is taken as it stands, but for null "
+        "and what is in quotes; a list is only=a,b; ~video.fps leaves an option at its default.",
         show_default=False,
     ),
 ]
@@ -55,7 +57,11 @@ Limit = Annotated[int | None, typer.Option(help="Only the first N rows.", metava
 Only = Annotated[list[str] | None, typer.Option(help="Only rows of this name (repeatable).", metavar="NAME")]
 Takes = Annotated[int | None, typer.Option(help="Videos per row, each with another seed.", metavar="N")]
 ConfigDir = Annotated[
-    Path | None, typer.Option(help="Folder with your own batch/, preset/, ... files.", metavar="DIR")
+    Path | None,
+    typer.Option(
+        help="Folder with your own batch/, preset/, ... files; else what AVATAR_CONFIG_DIR names.",
+        metavar="DIR",
+    ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A dataset's name (its latest run) or a run id.")]
 StatusWords = Annotated[
@@ -140,19 +146,23 @@ def rerun(
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Compute this stage and all after it again.")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Only clips that failed.")] = False,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Run a batch again: what failed, or a stage of it."""
     from avatar_core.pipeline import rerun_config
     from flows.compose import compose_config
+    from flows.overrides import read_override
     from flows.terminal import print_result
 
-    for word in overrides or []:
-        if not word.lstrip("+~").startswith(("storage.", "storage=", "runtime.")):
+    for override in map(read_override, overrides or []):
+        if override.option.partition(".")[0] not in ("storage", "runtime", "batch"):
             raise ConfigError(
-                f"`{word}` would change what was recorded; rerun takes storage.* and runtime.* only: "
-                "for other options use `avatar render`, which keeps what stays the same"
+                f"{override.shown} would change what was recorded; rerun takes storage.* and runtime.* only, "
+                "and batch=NAME for those in it: for other options use `avatar render`, which keeps what "
+                "stays the same"
             )
-    result = _rendered(rerun_config(compose_config(overrides or []), run, stage=stage, only_failed=failed))
+    config = compose_config(overrides or [], config_dir)
+    result = _rendered(rerun_config(config, run, stage=stage, only_failed=failed))
     print_result(console, result)
     _exit_for(result)
 
@@ -164,13 +174,14 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Hide what is damaged, so that it is made again.")
     ] = False,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Hash everything of a dataset again: its videos, and what the store holds for them."""
     from avatar_core.batch import open_storage
     from avatar_core.maintenance import verify_run
     from flows.compose import compose_config
 
-    report = verify_run(open_storage(compose_config(overrides or [])), run, repair=repair)
+    report = verify_run(open_storage(compose_config(overrides or [], config_dir)), run, repair=repair)
     for problem in report.problems:
         console.print(Text(problem, style="red"), soft_wrap=True)
     console.print(f"{report.checked} files checked, {len(report.problems)} damaged or missing")
@@ -194,13 +205,14 @@ def gc(
         list[str] | None, typer.Option(help="A run that no longer counts (repeatable).", metavar="RUN")
     ] = None,
     min_age_days: Annotated[float, typer.Option(help="Younger files stay.", min=0)] = 7.0,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Delete what no recorded run needs any more."""
     from avatar_core.batch import open_storage
     from avatar_core.maintenance import collect_garbage
     from flows.compose import compose_config
 
-    storage = open_storage(compose_config(overrides or []))
+    storage = open_storage(compose_config(overrides or [], config_dir))
     report = collect_garbage(storage, forget=forget or (), min_age_s=min_age_days * 86400, delete=delete)
     for kind, count in report.files.items():
         console.print(f"{kind}: {count} files, {report.bytes[kind] / 1e6:.1f} MB")
@@ -264,7 +276,7 @@ def execute() -> None:
 
 
 @app.command()
-def status(words: StatusWords = None) -> None:
+def status(words: StatusWords = None, config_dir: ConfigDir = None) -> None:
     """What became of the recorded runs, or of one: by stage, with the reasons of failures."""
     from avatar_core.batch import open_storage
     from avatar_core.status import read_status, summarise_runs
@@ -274,7 +286,8 @@ def status(words: StatusWords = None) -> None:
     runs = [word for word in words or [] if not is_override(word)]
     if len(runs) > 1:
         raise ConfigError(f"give one RUN, or none for all of them; got {len(runs)}: {', '.join(runs)}")
-    storage = open_storage(compose_config([word for word in words or [] if is_override(word)]))
+    overrides = [word for word in words or [] if is_override(word)]
+    storage = open_storage(compose_config(overrides, config_dir))
     if runs:
         print_run(console, read_status(storage, runs[0]))
     else:
@@ -283,14 +296,14 @@ def status(words: StatusWords = None) -> None:
 
 
 @app.command()
-def doctor(overrides: Overrides = None) -> None:
+def doctor(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Check this machine: versions, GPUs, codecs, disk, weights, broken packages."""
     from rich.table import Table
 
     from flows.compose import compose_config
     from flows.doctor import report
 
-    config = compose_config(overrides or [])
+    config = compose_config(overrides or [], config_dir)
     table = Table(header_style="bold", pad_edge=False, box=None)
     for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
@@ -327,27 +340,32 @@ def _configured(
     config_dir: Path | None,
 ) -> tuple["Config", bool]:
     """The configuration of `render` and `plan`, and whether it is one picture with one recording."""
-    from flows.compose import compose_config, is_override, quoted
+    from flows.compose import compose_config, is_override
+    from flows.config_files import SUFFIXES
 
-    files = [word for word in words if not is_override(word)]
     overrides = [word for word in words if is_override(word)]
+    overrides += [f"batch={word}" for word in words if not is_override(word) and word.endswith(SUFFIXES)]
+    batches = [word for word in overrides if word.startswith("batch=")]
+    if len(batches) > 1:
+        raise ConfigError(f"give one batch file; got {len(batches)}: {', '.join(batches)}")
+    files = [word for word in words if not is_override(word) and not word.endswith(SUFFIXES)]
+    given: dict[str, Any] = {}
     if len(files) == 1:
-        overrides.append(f"table={quoted(files[0])}")
+        given["table"] = files[0]
     elif len(files) == 2:
-        image, audio = map(quoted, files)
-        overrides.append(f"rows=[{{image: {image}, audio: {audio}}}]")
-        if not any(word.startswith("name=") for word in overrides):
-            overrides.append(f"name={quoted('-'.join(Path(file).stem for file in files))}")
+        given["rows"] = [dict(zip(("image", "audio"), files, strict=True))]
     elif files:
         raise ConfigError(
             f"give one TABLE, or one PICTURE and one RECORDING; got {len(files)} files: {files}"
         )
-    overrides += [f"limit={limit}"] if limit is not None else []
-    overrides += [f"takes={takes}"] if takes is not None else []
-    overrides += [f"only=[{','.join(map(quoted, only))}]"] if only else []
-    config = compose_config(overrides, config_dir)
+    given |= {"limit": limit} if limit is not None else {}
+    given |= {"takes": takes} if takes is not None else {}
+    given |= {"only": list(only)} if only else {}
+    config = compose_config(overrides, config_dir, given)
+    if len(files) == 2 and not config.name:
+        config = replace(config, name="-".join(Path(file).stem for file in files))
     if not config.table and not config.rows:
-        raise ConfigError("nothing to render: give a TABLE, a PICTURE and a RECORDING, or batch=NAME")
+        raise ConfigError("nothing to render: give a TABLE, a PICTURE and a RECORDING, or a batch file")
     return config, len(files) == 2
 
 

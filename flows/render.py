@@ -68,13 +68,16 @@ def handed_over(execution: Execution) -> Iterator[None]:
     persist_result=False,
 )
 def render_dataset(
-    table: str | None = None, overrides: list[str] | None = None, run: str | None = None
+    table: str | None = None,
+    overrides: list[str] | None = None,
+    run: str | None = None,
+    config_dir: str | None = None,
 ) -> State[Any]:
     """Render a table to a dataset; a retry does what is missing and tries anew what failed.
 
-    `table` is a path or URI, `overrides` are options as on the command line; `run` names a recorded run
-    whose options count instead, but for the store. Prefect keeps parameters: credentials belong into the
-    environment.
+    `table` is a path or URI, `overrides` are options as on the command line, `config_dir` a folder with one's
+    own batch and preset files (else what AVATAR_CONFIG_DIR names); `run` names a recorded run whose options
+    count instead, but for the store. Prefect keeps parameters: credentials belong into the environment.
     """
     mark_alive(runtime.flow_run.id, runtime.flow_run.run_count)
     with _stop_signals() as stopped:
@@ -82,15 +85,16 @@ def render_dataset(
             if execution := _handed_over.get():
                 execution.stop_when(stopped)
                 return _show(execution)
-            with _opened(_config(table, overrides or [], run), stopped) as execution:
+            with _opened(_config(table, overrides or [], run, config_dir), stopped) as execution:
                 return _show(execution)
         except Cancelled as ending:
             return CancelledState(message=f"{ending}; what is finished is kept, a retry goes on from here")
 
 
-def _config(table: str | None, overrides: Sequence[str], run: str | None) -> Config:
-    again = ["retry_failed=true"] if runtime.flow_run.run_count > 1 else []
-    config = compose_config([*([f"table={quoted(table)}"] if table else []), *overrides, *again])
+def _config(table: str | None, overrides: Sequence[str], run: str | None, config_dir: str | None) -> Config:
+    given: dict[str, Any] = {"table": table} if table else {}
+    given |= {"retry_failed": True} if runtime.flow_run.run_count > 1 else {}
+    config = compose_config(overrides, Path(config_dir) if config_dir else None, given)
     if run is None:
         return config
     recorded = find_run(open_storage(config), run).config

@@ -20,6 +20,7 @@ from typing import Any
 import flows
 from avatar_core.errors import AvatarError, ConfigError
 from flows.alive import crash_lost_runs
+from flows.config_files import CONFIG_DIR
 from flows.prefect_client import load_prefect, prefect_client
 from flows.server import server_environment
 
@@ -60,6 +61,8 @@ def run_worker(limit: int) -> None:
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
+    if folder := os.environ.get(CONFIG_DIR):  # runs start elsewhere
+        os.environ[CONFIG_DIR] = str(Path(folder).expanduser().resolve())
     ensure_work_pool()
     crash_lost_runs()
     asyncio.run(_serve(limit))

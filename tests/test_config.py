@@ -1,8 +1,11 @@
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from avatar_core.batch import located
 from avatar_core.config import Config, VideoConfig, nearest, option_names, parse, to_dict
 from avatar_core.errors import ConfigError
 
@@ -95,6 +98,64 @@ def test_the_path_of_a_part_stands_in_front() -> None:
     assert "unknown option `video.crff`; did you mean `video.crf`?" in refusal(
         {"crff": 1}, VideoConfig, "video"
     )
+
+
+def test_a_path_may_be_a_path_object(tmp_path: Path) -> None:
+    values = {
+        "table": tmp_path / "a.csv",
+        "only": [1, "b"],
+        "name": 2024,
+        "storage": {"root": tmp_path},
+        "runtime": {"cache_dir": tmp_path / "cache"},
+        "input": {"allowed_roots": [tmp_path, "s3://bucket/a"]},
+    }
+    config = parse(Config, values)
+    assert (config.table, config.storage.root) == (f"{tmp_path}/a.csv", str(tmp_path))
+    assert (config.name, config.only) == ("2024", ("1", "b"))
+    assert config.runtime.cache_dir == f"{tmp_path}/cache"
+    assert config.input.allowed_roots == (str(tmp_path), "s3://bucket/a")
+    assert to_dict(config)["table"] == f"{tmp_path}/a.csv"
+
+
+def test_the_home_folder_of_a_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert located(parse(Config, {"table": "~/a.csv"})).table == f"{tmp_path}/a.csv"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = parse(
+        Config,
+        {
+            "seed": np.int64(3),
+            "only": np.array(["a"]),
+            "video": {"fps": np.float32(30), "crf": np.uint8(4)},
+            "face": {"required": np.bool_(False)},
+        },
+    )
+    assert (config.seed, config.only, config.video.fps, config.video.crf) == (3, ("a",), 30.0, 4)
+    assert config.face.required is False
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        (r"C:\data\a.csv", "is a Windows path; give a POSIX path, in WSL /mnt/c/data/a.csv"),
+        ("d:/a", "is a Windows path; give a POSIX path, in WSL /mnt/d/a"),
+        ("a\0b", "holds a character that no file name can have"),
+        ("~nobody-here/a", "there is no user nobody-here; write ./~nobody-here/a for a name"),
+        ("caf\udce9.csv", "is not UTF-8; give it, or the file, another name"),
+        ("", "give text that is not empty"),
+        (3.5, "give text that is not empty"),
+    ],
+)
+def test_what_no_path_can_be_is_refused(place: Any, problem: str) -> None:
+    for values in ({"table": place}, {"storage": {"root": place}}, {"runtime": {"cache_dir": place}}):
+        assert problem in refusal(values)
+
+
+@pytest.mark.parametrize("values", ["batch.csv", 3, None, ["a"]])
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    assert "a configuration is a mapping such as {'table': 'batch.csv'} (got " in refusal(values)
 
 
 def test_table_and_rows_exclude_each_other() -> None:

@@ -125,6 +125,15 @@ def test_a_second_run_does_nothing(rendered: Rendered, store: Path) -> None:
     assert videos(result.dataset) == videos(rendered.result.dataset)
 
 
+def test_places_may_be_path_objects(rendered: Rendered, store: Path, tmp_path: Path) -> None:
+    result = render({"table": rendered.table, "storage": {"root": store}})
+    assert result.dataset == str(store / "datasets/batch")
+    assert videos(result.dataset) == videos(rendered.result.dataset)
+    row = {"image": rendered.table.parent / "portrait.jpg", "audio": rendered.table.parent / "hello.wav"}
+    values = {"rows": [row], "storage": {"root": store}, "runtime": {"cache_dir": tmp_path / "cache"}}
+    assert render(values).metadata["status"].tolist() == ["ok"]
+
+
 def test_one_more_row_costs_only_its_new_items(rendered: Rendered, store: Path, tmp_path: Path) -> None:
     rows = read_rows(rendered.table)
     for row in rows:

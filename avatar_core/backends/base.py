@@ -173,15 +173,20 @@ def create_backend(values: Mapping[str, Any]) -> Backend:
     """The backend named by `values["name"]` with its options. Raises `ConfigError`."""
     options = dict(values)
     name = str(options.pop("name", ""))
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"unknown backend `{name}`; choose one of: {', '.join(BACKENDS)}{nearest(name, list(BACKENDS))}"
-        )
-    module, _, attribute = BACKENDS[name].partition(":")
-    backend_type = getattr(importlib.import_module(module), attribute)
+    backend_type = find_backend(name)
     try:
         config = parse(backend_type.config_type, options, where="backend")
     except ConfigError as error:
-        raise ConfigError(f"backend {name}: {error}") from None
+        raise ConfigError(f"backend {name}: {error}", error.problems) from None
     backend: Backend = backend_type(config)
     return backend
+
+
+def find_backend(name: str) -> Any:
+    """The class of the backend `name`. Raises `ConfigError`."""
+    if name not in BACKENDS:
+        known = f"choose one of: {', '.join(BACKENDS)}{nearest(name, list(BACKENDS))}"
+        problem = f"unknown backend `{name}`; {known}"
+        raise ConfigError(problem, {"backend.name": problem})
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import fsspec
 
+from avatar_core.config import check_place
 from avatar_core.errors import InputError
 from avatar_core.media.files import open_regular
 
@@ -91,6 +92,10 @@ def _check_name(uri: str) -> None:
         raise InputError(f"{uri[:60]}...: the path has {len(uri)} characters, allowed are {MAX_NAME_CHARS}")
     if "\0" in uri or uri.encode(errors="replace") != uri.encode(errors="surrogatepass"):
         raise InputError(f"{uri!r}: the path holds a character that no file name can have")
+    try:
+        check_place(uri)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if "::" in uri:
         raise InputError(f"{uri}: chained URIs ('::') are not allowed; give one path or one s3:// URI")
 

@@ -32,10 +32,11 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "render": {"--output", "-o", "--limit", "--only", "--takes", "--config-dir"},
     "plan": {"--limit", "--only", "--takes", "--config-dir"},
-    "rerun": {"--stage", "--failed"},
-    "verify": {"--repair"},
-    "gc": {"--delete", "--forget", "--min-age-days"},
-    "doctor": set(),
+    "rerun": {"--stage", "--failed", "--config-dir"},
+    "verify": {"--repair", "--config-dir"},
+    "gc": {"--delete", "--forget", "--min-age-days", "--config-dir"},
+    "status": {"--config-dir"},
+    "doctor": {"--config-dir"},
     "weights list": set(),
     "weights fetch": set(),
     "weights verify": set(),
@@ -207,6 +208,19 @@ def test_a_failed_pair_writes_no_output(avatar: RunAvatar, inputs: Path, tmp_pat
         (["render", "a.csv", "b.csv", "c.csv"], ["got 3 files"]),
         (["render", "absent.csv"], ["absent.csv: no such file"]),
         (["render", "absent.csv", "-o", "out.mp4"], ["-o/--output goes with one PICTURE and one RECORDING"]),
+        (["render", "a.csv", "foo=b.csv"], ["unknown option `foo`; nor is there a file `foo=b.csv`"]),
+        (["render", "data/a=b.csv"], ["data/a=b.csv: no such file"]),
+        (["render", "a.yaml", "b.yml"], ["give one batch file; got 2: batch=a.yaml, batch=b.yml"]),
+        (["render", "night.yaml"], ["`batch=night.yaml`: no such file: "]),
+        (["render", r"C:\a.csv"], [r"option `table`: C:\a.csv is a Windows path; give a POSIX path"]),
+        (["render", "a.csv", "--only", ""], ["option `only`: give a list, each text that is not empty"]),
+        (["rerun", "a", "video.fps=3"], ["`video.fps=3` would change what was recorded"]),
+        (
+            ["rerun", "a", "+storage.options.key=hunter", "seed=3"],
+            ["`seed=3` would change what was recorded"],
+        ),
+        (["rerun", "a", "video.yaml"], ["`video.yaml` sets no option; write it as NAME=VALUE"]),
+        (["gc", "storage=s4"], ["unknown storage `s4`; choose one of: local, s3"]),
         (["render", "a.csv", "video.fsp=30"], ["unknown option `video.fsp`; did you mean `video.fps`?"]),
         (["render", "a.csv", "--limit", "0"], ["option `limit`"]),
         (["render", "a.csv", "--takes", "0"], ["option `takes`"]),
@@ -307,14 +321,44 @@ def test_plan_names_rejected_rows(avatar: RunAvatar, inputs: Path, tmp_path: Pat
 
 def test_a_batch_file_of_ones_own(avatar: RunAvatar, rendered: Rendered, store: Path, tmp_path: Path) -> None:
     (tmp_path / "batch").mkdir()
-    settings = f"table: {rendered.table}\nlimit: 3\nstorage: {{root: {store}}}\n"
-    (tmp_path / "batch/mine.yaml").write_text(f"# @package _global_\n{settings}")
+    batch = tmp_path / "batch/mine.yaml"
+    batch.write_text(f"table: {rendered.table}\nlimit: 3\nstorage: {{root: {store}}}\n")
     code, output = avatar("plan", "batch=mine", "--config-dir", tmp_path)
     assert code == 0
     assert "3 clips, 0 rejected" in output
-    code, output = avatar("render", "batch=mine", "--config-dir", tmp_path, "--limit", 1)
+    code, output = avatar("render", batch, "--limit", 1)
     assert code == 0
     assert "1 of 1 clips" in output
+
+
+def test_every_command_finds_files_of_ones_own(
+    avatar: RunAvatar, rendered: Rendered, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage/mine.yaml").write_text(f"root: {store}\n")
+    own = ("storage=mine", "--config-dir", tmp_path)
+    for words in (("render", rendered.table), ("rerun", "batch"), ("verify", "batch")):
+        code, output = avatar(*words, *own)
+        assert code == 0, output
+    assert "files checked, 0 damaged or missing" in output
+    assert "batch" in avatar("status", *own)[1]
+    assert avatar("gc", *own)[0] == 0
+    assert str(store) in avatar("doctor", *own)[1]
+    monkeypatch.setenv("AVATAR_CONFIG_DIR", str(tmp_path))
+    assert "4 of 4 clips" in avatar("rerun", "batch", "storage=mine")[1]
+
+
+def test_a_pair_may_take_its_options_from_a_batch_file(
+    avatar: RunAvatar, inputs: Path, rendered: Rendered, store: Path, tmp_path: Path
+) -> None:
+    batch = tmp_path / "settings.yml"
+    batch.write_text(
+        f"rows: [{{image: x.png, audio: x.wav}}]\nvideo: {{crf: 40}}\nstorage: {{root: {store}}}\n"
+    )
+    code, output = avatar("render", inputs / "portrait.jpg", inputs / "hello.wav", batch)
+    assert code == 0, output
+    assert f"1 of 1 clips in {store}/datasets/portrait-hello" in output
+    assert (attempts(store, "decode")["status"] == "ok").sum() == 5
 
 
 # --- rerun

@@ -210,6 +210,23 @@ def test_a_recorded_run_is_rendered_as_it_was(
     assert videos(store / "datasets/batch") == videos(rendered.result.dataset)
 
 
+def test_a_batch_file_of_ones_own(
+    flow: Callable[..., Any], rendered: Rendered, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.render import render_dataset
+
+    (tmp_path / "own/batch").mkdir(parents=True)
+    settings = f"table: {rendered.table}\nname: night\nlimit: 1\nstorage: {{root: {store}}}\n"
+    (tmp_path / "own/batch/night.yaml").write_text(settings)
+    state = render_dataset(None, ["batch=night"], config_dir=str(tmp_path / "own"), return_state=True)
+    assert state.is_completed(), state
+    assert len(videos(store / "datasets/night")) == 1
+    monkeypatch.setenv("AVATAR_CONFIG_DIR", str(tmp_path / "own"))
+    state = render_dataset(None, ["batch=night", "limit=2"], return_state=True)
+    assert state.is_completed(), state
+    assert len(videos(store / "datasets/night")) == 2
+
+
 def test_a_failure_within_what_is_allowed_completes(
     flow: Callable[..., Any], inputs: Path, tmp_path: Path
 ) -> None:

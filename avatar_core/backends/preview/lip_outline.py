@@ -24,6 +24,7 @@ MIDDLE = 5  # index of a lip's middle point
 LIP_ROWS = 25  # about the thickness of a lip in the strip
 SHADOW_BELOW, SHADOW_HEIGHT = 0.1, 0.2  # height units: a gap lower and narrower than this is a shadow
 SEAM_REACH = 0.3  # height units the seam may lie away from the template's
+LOWER_LIP, JAW_DROP = 0.2, 0.3  # height units: of a lower lip in the window; that lips sink in an open mouth
 CORNER = 0.06  # half mouth widths from a gap's end to the corner of the lips
 LEAST_HALF_WIDTH = 0.75  # of the detector's: as far as round lips are believed to be narrower than it says
 
@@ -86,7 +87,7 @@ def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame, *, closed:
     strip = mouth_strip(frame.strip(picture), lip_window(frame, lips))
     template = frame.heights((lips.upper_inner + lips.lower_inner) / 2)
     seam = np.clip(seam_heights(strip), template - SEAM_REACH, template + SEAM_REACH)
-    gap = find_gap(strip)
+    gap = whole_gap(strip)
     if gap is not None and not _is_below_the_lips(seam[MIDDLE], gap):
         return opened_lips(lips, frame, gap)
     if not closed:
@@ -98,6 +99,17 @@ def fitted_lips(picture: Picture, lips: LipCurves, frame: MouthFrame, *, closed:
         inner + (lips.upper_outer - lips.upper_inner),
         inner + (lips.lower_outer - lips.lower_inner),
     )
+
+
+def whole_gap(strip: Strip) -> Gap | None:
+    """The gap; where it reaches the lower end of the window, which fits closed lips, one looked for further
+    down."""
+    gap = find_gap(strip)
+    upper, lower = strip.window
+    if gap is None or gap.edges(strip.across)[1].max() < lower - LOWER_LIP:
+        return gap
+    deeper = replace(strip, window=(upper, min(lower + JAW_DROP, BOTTOM - 0.05)))
+    return find_gap(deeper) or gap
 
 
 def opened_lips(lips: LipCurves, frame: MouthFrame, gap: Gap) -> LipCurves:

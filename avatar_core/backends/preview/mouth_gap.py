@@ -15,7 +15,7 @@ from avatar_core.backends.preview.lowest_path import lowest_path
 Floats = NDArray[np.float64]
 Plane = NDArray[np.float32]
 
-WIDEST_GAP = 0.83  # height units; deeper valleys are not seen as one
+WIDEST_GAP = 1.1  # height units; deeper valleys are not seen as one
 LEAST_GAP = 0.1  # height of a gap in its middle
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 HOLE = 0.3  # half mouth widths without evidence that do not end a gap: gums before a dark corner

@@ -147,7 +147,8 @@ def drawn_mouth(opening: int, inside: tuple[int, int, int]) -> Picture:
 
 
 def gap_of(strip: Picture) -> tuple[Points, Points] | None:
-    return find_gap(mouth_strip(strip, (-0.4, 0.8)), np.linspace(-0.96, 0.96, 11))
+    gap = find_gap(mouth_strip(strip, (-0.4, 0.8)))
+    return gap and gap.edges(np.linspace(-0.96, 0.96, 11))
 
 
 @pytest.mark.parametrize("inside", [TEETH, CAVITY])
@@ -190,8 +191,8 @@ def test_a_flat_strip_has_no_gap(colour: int) -> None:
 
 def test_mouth_frame_heights_invert_its_curve() -> None:
     frame = MouthFrame(np.array([50.0, 60.0]), np.array([20.0, 4.0]), np.array([-3.0, 15.0]))
-    heights = np.linspace(-0.3, 0.5, 11)
-    np.testing.assert_allclose(frame.heights(frame.inner_curve(heights)), heights)
+    across, heights = np.linspace(-1, 1, 11), np.linspace(-0.3, 0.5, 11)
+    np.testing.assert_allclose(frame.heights(frame.to_picture(across, heights)), heights)
 
 
 def test_a_drawn_eye_is_met_and_a_shut_one_is_not_seen() -> None:

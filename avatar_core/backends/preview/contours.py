@@ -54,10 +54,7 @@ def contours_from_points(picture: Picture, face: Face) -> Contours:
     the pixels. Good for frontal faces, passable to about 45 degrees."""
     points = face.points.astype(np.float64)
     curves = posed_template(points)
-    lips = LipCurves(**{name.replace("_lip", ""): curves[name] for name in LIPS})
-    frame = mouth_frame(lips, curves["nose"], curves["chin"], eye_mouth_distance(points))
-    lips = fitted_lips(picture, lips, frame)
-    curves |= {name: getattr(lips, name.replace("_lip", "")) for name in LIPS}
+    curves |= _fit_lips(picture, curves, points, closed=True)
     seen = [_fit_eye(picture, curves, side) for side in SIDES]
     shown = _eyes_shown(points)
     trusted = (seen[0] and shown[0], seen[1] and shown[1])
@@ -68,6 +65,7 @@ def contours_from_mesh(picture: Picture, face: Face, model: Path) -> Contours:
     """From the face landmark network in `model` (.tflite): follows turned faces and open mouths better."""
     points = face.points.astype(np.float64)
     curves = mesh_curves(picture, points, model)
+    curves |= _fit_lips(picture, curves, points, closed=False)
     limit = EYE_DISAGREEMENT * eye_mouth_distance(points)
     left, right = (
         bool(np.linalg.norm(curves[f"{side}_eye_upper"].mean(axis=0) - eye) <= limit)
@@ -86,6 +84,13 @@ def _eyes_shown(points: Points) -> tuple[bool, bool]:
         both or (distance > NEAR_EYE_SHOWN and bool(near_left > near_right)),
         both or (distance > NEAR_EYE_SHOWN and bool(near_right > near_left)),
     )
+
+
+def _fit_lips(picture: Picture, curves: dict[str, Points], points: Points, closed: bool) -> dict[str, Points]:
+    lips = LipCurves(**{name.replace("_lip", ""): curves[name] for name in LIPS})
+    frame = mouth_frame(lips, curves["nose"], curves["chin"], eye_mouth_distance(points))
+    lips = fitted_lips(picture, lips, frame, closed=closed)
+    return {name: getattr(lips, name.replace("_lip", "")) for name in LIPS}
 
 
 def _fit_eye(picture: Picture, curves: dict[str, Points], side: str) -> bool:

@@ -11,6 +11,7 @@ from avatar_core.backends.preview.contours import Contours
 from avatar_core.backends.preview.mouth_fields import TEETH_MARGIN, U_LIMIT, Lips, MouthFields
 from avatar_core.backends.preview.mouth_warp import MouthWarp
 from avatar_core.backends.preview.oral_cavity import FaceLight, draw_cavity, lip_shade
+from avatar_core.backends.preview.own_inside import OwnInside
 from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture, warp_sharply, warp_values
 
 MAX_GAP = 0.62  # between the lips at mouth_open = 1, in v units
@@ -18,6 +19,7 @@ DETAIL_U, DETAIL_V = 1.25, 0.9  # what is drawn with the better interpolation: t
 QUIET = 0.05  # smaller openings are noise of the audio track
 CLOSED_GAP = 0.008
 MOST_LIFT = 0.3  # of the lip line by any field, v units, with some reserve
+DEPTH = 0.05  # v units over which the depth of an open mouth grows dark
 TURNED_STIFFNESS = 0.55  # of the movement that a face in profile loses: its outline is not trusted
 
 
@@ -40,11 +42,20 @@ class Mouth:
         self._detail = _bounds(near) or (slice(0, 0), slice(0, 0))
         upper, lower = self._lips.upper_at(self._u), self._lips.lower_at(self._u)
         self._below_lower, self._above_upper = v - lower, upper - v
-        self._own_gap = lower - upper - TEETH_MARGIN
+        self._measure_inside(picture, axes)
         self._highest_above_lower = self._below_lower.min(axis=1)  # of each row
         below_upper = np.flatnonzero((self._above_upper < MOST_LIFT).any(axis=1))
         self._first_shared = int(below_upper[0]) if len(below_upper) else 0
         self._warp = MouthWarp(MouthFields.build(self._u, v, self._lips, chin_v, nose_v), axes, self.box)
+
+    def _measure_inside(self, picture: Picture, axes: FaceAxes) -> None:
+        """What the picture shows between open lips, and how much of its height moves with either lip."""
+        self._own = OwnInside.measure(picture, self._lips, axes, self._light) if self._lips.gap else None
+        if self._own is None:
+            return
+        gap, share = self._lips.own_gap_at(self._u), self._own.upper_share(self._u)
+        self._on_upper = np.where(gap > 0.02, share * gap, -1).astype(np.float32)
+        self._on_lower = np.where(gap > 0.02, (1 - share) * gap + TEETH_MARGIN, -1).astype(np.float32)
 
     def _rows_of_both_layers(self, gap: float) -> tuple[int, int]:
         """First row that may show the lower layer; first below all that may show the upper one."""
@@ -56,7 +67,9 @@ class Mouth:
         if self.box.empty:
             return
         gap = MAX_GAP * max(0.0, (mouth_open - QUIET) / (1 - QUIET)) ** 1.15
-        more_gap = self._freedom * (gap - self._lips.gap)
+        more_gap = gap - self._lips.gap
+        # The picture's own opening is seen, not guessed: it may close further than a turned mouth may open.
+        more_gap *= self._freedom if more_gap > 0 else (1 + self._freedom) / 2
         gap = self._lips.gap + more_gap
         upper_map, lower_map = self._warp.maps(more_gap, self._freedom * mouth_wide)
         first, last = self._rows_of_both_layers(gap)
@@ -67,6 +80,7 @@ class Mouth:
             upper=upper[first:],
             lower=lower[: last - first],
             upper_map=upper_map[first:last],
+            lower_map=lower_map[first:last],
             above=warp_values(self._above_upper, upper_map[first:last]),
             below=warp_values(self._below_lower, lower_map[first:last]),
         )
@@ -92,21 +106,29 @@ class Mouth:
         lip_map = np.ascontiguousarray(layers.upper_map[opening])
         u = warp_values(self._u, lip_map)
         depth, height = -layers.above[opening], -layers.below[opening]
-        colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
-        if self._lips.gap:
-            own = self._own_teeth(warp_values(self._own_gap, lip_map), depth)[..., None]
-            colours = np.asarray(colours * (1 - own) + layers.upper[opening] * own, np.float32)
-        shaded = colours * lip_shade(depth, height)[..., None]
+        if self._own is None or self._own.depth is None:
+            colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
+        else:
+            lower_map = np.ascontiguousarray(layers.lower_map[opening])
+            own_lower, own_upper = warp_values(self._on_lower, lower_map), warp_values(self._on_upper, lip_map)
+            deep = smoothstep(np.minimum(depth - own_upper, height - own_lower), 0, DEPTH)[..., None]
+            colours = self._own.depth * (1 - deep) + self._own.deep * deep
+            on_lower = self._reaches(own_lower, height)
+            colours = colours * (1 - on_lower) + layers.lower[opening] * on_lower
+        if self._own is not None:
+            on_upper = self._reaches(warp_values(self._on_upper, lip_map), depth)
+            colours = np.asarray(colours * (1 - on_upper) + layers.upper[opening] * on_upper, np.float32)
+        if self._own is None or self._own.depth is None:
+            colours = colours * lip_shade(depth, height)[..., None]
         cover = smoothstep(inside[opening], -0.1 * self._pixel, 1.7 * self._pixel)
         # Thin wedges at the corners are where an outline errs first: they stay lip.
         cover = cover * smoothstep(depth + height, 0, 0.10) * (1 - smoothstep(np.abs(u), 0.97, 1.06))
         cover = cover[..., None]
-        shared[opening] = np.clip(shared[opening] * (1 - cover) + shaded * cover, 0, 255)
+        shared[opening] = np.clip(shared[opening] * (1 - cover) + colours * cover, 0, 255)
 
-    def _own_teeth(self, own_gap: FloatArray, depth: FloatArray) -> FloatArray:
-        """Where the inside that the picture itself shows, moving with the upper lip, is used."""
-        beyond = smoothstep(depth - own_gap, -3.5 * self._pixel, -0.5 * self._pixel)
-        return np.asarray((1 - beyond) * (own_gap > 0.02), np.float32)
+    def _reaches(self, own: FloatArray, distance: FloatArray) -> FloatArray:
+        """0..1: where `distance` from a lip is within what the picture shows there."""
+        return (1 - smoothstep(distance - own, -3.5 * self._pixel, -0.5 * self._pixel))[..., None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +138,7 @@ class _Layers:
     upper: Picture
     lower: Picture
     upper_map: FloatArray
+    lower_map: FloatArray
     above: FloatArray  # v units, > 0 on the upper lip, < 0 in the opening
     below: FloatArray  # v units, > 0 on the lower lip, < 0 in the opening
 

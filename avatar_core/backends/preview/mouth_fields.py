@@ -15,6 +15,7 @@ from avatar_core.backends.preview.warp import FloatArray
 U_LIMIT = 2.6  # the fields end here, well inside the cheeks
 _TABLE_SIZE = 521
 _TABLE_U = np.linspace(-U_LIMIT, U_LIMIT, _TABLE_SIZE)
+_SOFT_ENDS = 8  # steps of the table
 _CENTRE = np.abs(_TABLE_U) < 0.3
 _CLOSED_GAP = 0.07  # narrower openings are a line between closed lips
 TEETH_MARGIN = 0.05  # trimmed from the lower lip's edge, lest a rim of teeth travels with it
@@ -35,7 +36,7 @@ class Lips:
         upper = _lip_edge(axes.mouth.to_uv(contours.upper_lip_inner))
         lower = _lip_edge(axes.mouth.to_uv(contours.lower_lip_inner))
         middle = (upper + lower) / 2
-        half_gap = np.maximum(lower - upper, 0) / 2 * (1 - smoothstep(np.abs(_TABLE_U), 0.84, 1.02))
+        half_gap = np.maximum(lower - upper, 0) / 2 * (1 - smoothstep(np.abs(_TABLE_U), 0.94, 1.02))
         gap = float(2 * half_gap[_CENTRE].mean())
         if gap < _CLOSED_GAP:
             half_gap, gap = np.zeros_like(half_gap), 0.0
@@ -53,9 +54,14 @@ class Lips:
     def lower_at(self, u: FloatArray) -> FloatArray:
         return np.interp(u, _TABLE_U, self.lower).astype(np.float32)
 
+    def own_gap_at(self, u: FloatArray) -> FloatArray:
+        """The opening's height without what is trimmed from the lower lip; none of a closed mouth."""
+        return np.maximum(self.lower_at(u) - self.upper_at(u) - (TEETH_MARGIN if self.gap else 0), 0)
+
     def gap_profile_at(self, u: FloatArray) -> FloatArray:
-        """The opening's height relative to its middle."""
-        return np.interp(u, _TABLE_U, (self.lower - self.upper) / max(self.gap, 1e-3)).astype(np.float32)
+        """The opening's height relative to its middle, its ends softened: lips shear where it ends bluntly."""
+        profile = _smoothed(self.lower - self.upper, _SOFT_ENDS) / max(self.gap, 1e-3)
+        return np.interp(u, _TABLE_U, profile).astype(np.float32)
 
 
 def _lip_edge(curve: Points) -> NDArray[np.float64]:
@@ -65,8 +71,13 @@ def _lip_edge(curve: Points) -> NDArray[np.float64]:
     v = np.concatenate([[ends[0] - 0.03, ends[0]], curve[:, 1], [ends[1], ends[1] - 0.03]])
     order = np.argsort(u)
     sampled = np.interp(_TABLE_U, u[order], v[order])
-    kernel = np.exp(-0.5 * (np.arange(-9, 10) / 3.0) ** 2)
-    return np.convolve(np.pad(sampled, 9, mode="edge"), kernel / kernel.sum(), mode="valid")
+    return _smoothed(sampled, 3)
+
+
+def _smoothed(table: NDArray[np.float64], sigma: int) -> NDArray[np.float64]:
+    reach = 3 * sigma
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(np.pad(table, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,22 @@ from avatar_core.backends.preview.lowest_path import lowest_path
 Floats = NDArray[np.float64]
 Plane = NDArray[np.float32]
 
-WIDEST_GAP = 0.83  # height units; deeper valleys are not seen as one
+WIDEST_GAP = 1.1  # height units; deeper valleys are not seen as one
 LEAST_GAP = 0.1  # height of a gap in its middle
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
+HOLE = 0.3  # half mouth widths without evidence that do not end a gap: gums before a dark corner
+BLUNTNESS = 0.6  # of a gap's ends: 1 an arc of a circle, less for rounder corners
+CORNERS, FLARE = 0.88, 0.06  # half mouth widths from which on a gap may not grow, and by what
+DARK_CORNER, LINE_ROWS = 0.45, 4  # of the skin's lightness; rows of a line that may not grow
+STRAY = 0.06  # height units off the edge from where on a column counts little
+LIP_SIDE, FITS = 0.8, 8  # weight of what lies on the lip's side of an edge; rounds of fitting
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Lightness and redness (0..255) of a mouth strip; `half` columns are half the mouth's width and as
-    many rows one height unit. `height` is each row's height, and the lips lie within `window` heights."""
+    """Lightness and redness (0..255) of a mouth strip, the mouth's middle in its middle column; `half`
+    columns are half the mouth's width and as many rows one height unit. `height` is each row's height,
+    and the lips lie within `window` heights."""
 
     lightness: Plane
     redness: Plane
@@ -37,36 +44,135 @@ class Strip:
 
     @property
     def across(self) -> Floats:
-        """Each column's place in half mouth widths, -1..1."""
-        return (np.arange(2 * self.half) + 0.5) / self.half - 1
+        """Each column's place in half mouth widths."""
+        columns = self.lightness.shape[1]
+        return (np.arange(columns) + 0.5 - columns / 2) / self.half
+
+    @property
+    def middle(self) -> slice:
+        """The columns of the mouth's middle half."""
+        centre = self.lightness.shape[1] // 2
+        return slice(centre - self.half // 2, centre + self.half // 2)
 
 
-def find_gap(strip: Strip, at: Floats) -> tuple[Floats, Floats] | None:
-    """Heights of the gap's upper and lower edge at the places `at` (half mouth widths); None: closed."""
+@dataclass(frozen=True)
+class Gap:
+    """The opening between two lips, in half mouth widths across and height units down: two curves that
+    meet at its ends `left` and `right`. `ends`: their heights there; `upper`, `lower`: polynomials."""
+
+    left: float
+    right: float
+    ends: Floats  # (2,)
+    upper: Floats  # (3,)
+    lower: Floats  # (3,)
+
+    def edges(self, across: Floats) -> tuple[Floats, Floats]:
+        """Heights of the upper and the lower edge; beyond its ends the gap has no height."""
+        line, bulge = _shapes(_within(across, self.left, self.right))
+        upper, lower = (line @ self.ends + bulge @ edge for edge in (self.upper, self.lower))
+        return upper, np.maximum(upper, lower)
+
+
+def _within(across: Floats, left: float, right: float) -> Floats:
+    """-1 at `left` and before, 1 at `right` and beyond."""
+    return np.clip((2 * across - left - right) / max(right - left, 1e-6), -1, 1)
+
+
+def _shapes(place: Floats) -> tuple[Floats, Floats]:
+    """What edges are sums of, at places -1..1: a line (n, 2) by its ends, and bulges (n, 3) of no height
+    there."""
+    line = np.stack([(1 - place) / 2, (1 + place) / 2], axis=1)
+    return line, (1 - place**2)[:, None] ** BLUNTNESS * np.vander(place, 3)
+
+
+def find_gap(strip: Strip) -> Gap | None:
+    """None: the mouth is closed."""
     evidence = inside_evidence(strip)
     upper, lower = gap_rows(strip, evidence)
     rows = strip.height[0] + np.stack([upper, lower]) / strip.half
     size = rows[1] - rows[0]
     total = np.array([evidence[a:b, x].sum() for x, (a, b) in enumerate(zip(upper, lower, strict=True))])
     mean = total / np.maximum(lower - upper, 1)
+    seen = (size > 0.03) & (mean > 0.1)
     middle = np.abs(strip.across) < 0.75
-    seen = middle & (size > 0.03) & (mean > 0.1)
     centre = seen & (np.abs(strip.across) < 0.35)
-    if seen.sum() < 0.7 * middle.sum() or not centre.any():
+    if (seen & middle).sum() < 0.7 * middle.sum() or not centre.any():
         return None
     if np.median(size[centre]) < LEAST_GAP or mean[middle].mean() < 0.4:
         return None
-    return smooth_edges(strip.across[seen], rows[:, seen], at)
-
-
-def smooth_edges(across: Floats, edges: Floats, at: Floats) -> tuple[Floats, Floats] | None:
-    """Parabolas through the edges; None when the gap's middle line is too ragged to be a mouth's."""
-    line = edges.mean(axis=0)
-    ragged = line - np.polyval(np.polyfit(across, line, 2), across)
-    if np.sqrt((ragged**2).mean()) > 0.08:
+    if is_ragged(strip.across[seen & middle], rows[:, seen & middle].mean(axis=0)):
         return None
-    upper, lower = (np.asarray(np.polyval(np.polyfit(across, edge, 2), at), np.float64) for edge in edges)
-    return upper, np.maximum(upper, lower)
+    seen &= ~is_flaring(strip.across, size)
+    first, last = longest_run(seen, round(HOLE * strip.half))
+    seen[:first], seen[last + 1 :] = False, False
+    edges = np.stack([upper, lower])
+    for end, step in ((first, -1), (last, 1)):
+        seen |= follow_dark_corner(strip, edges, end, step)
+    return fitted_gap(strip.across[seen], strip.height[0] + edges[:, seen] / strip.half)
+
+
+def is_ragged(across: Floats, line: Floats) -> bool:
+    """Whether a gap's middle line strays too far from a parabola to be a mouth's."""
+    away = line - np.polyval(np.polyfit(across, line, 2), across)
+    return bool(np.sqrt((away**2).mean()) > 0.08)
+
+
+def is_flaring(across: Floats, size: Floats) -> NDArray[np.bool_]:
+    """Near and beyond the corners: where a gap, instead of closing, grows into a shadow or background."""
+    flaring = np.zeros(len(across), bool)
+    for side in (across < 0, across >= 0):
+        outwards = np.flatnonzero(side)[np.argsort(np.abs(across[side]))]
+        grown = size[outwards] > np.minimum.accumulate(size[outwards]) + FLARE
+        flaring[outwards] = np.maximum.accumulate(grown & (np.abs(across[outwards]) > CORNERS))
+    return flaring
+
+
+def longest_run(seen: NDArray[np.bool_], hole: int) -> tuple[int, int]:
+    """First and last index of the longest run of True, bridging up to `hole` False."""
+    places = np.flatnonzero(seen)
+    runs = np.split(places, np.flatnonzero(np.diff(places) > hole + 1) + 1)
+    longest = max(runs, key=len)
+    return int(longest[0]), int(longest[-1])
+
+
+def follow_dark_corner(strip: Strip, edges: NDArray[np.intp], end: int, step: int) -> NDArray[np.bool_]:
+    """Columns beyond `end` where the gap goes on as a dark line that does not grow: lips are too thin there
+    to show by their colour. Writes that line's first row and first row below it into `edges` (2, columns)."""
+    dark = strip.lightness < DARK_CORNER * rim_median(strip, strip.lightness)
+    followed = np.zeros(dark.shape[1], bool)
+    top, bottom = edges[:, end]
+    most = max(0.75 * np.median((edges[1] - edges[0])[edges[1] > edges[0]]), LINE_ROWS)
+    for column in range(end + step, int(np.clip(end + step * strip.half // 3, -1, dark.shape[1])), step):
+        rows = np.arange(top - 1, bottom + 1).clip(0, len(dark) - 1)
+        touching = rows[dark[rows, column]]
+        if not len(touching):
+            break
+        light = np.flatnonzero(~dark[:, column])
+        above, below = light[light < touching[0]], light[light > touching[-1]]
+        if not len(above) or not len(below) or below[0] - above[-1] > most + 1:
+            break
+        top, bottom = above[-1] + 1, below[0]
+        most = min(most, max(bottom - top, LINE_ROWS))
+        edges[:, column], followed[column] = (top, bottom), True
+    return followed
+
+
+def fitted_gap(across: Floats, edges: Floats) -> Gap:
+    """Curves through the edges (2, n), leaning to the lips: gums and shaded teeth look like lip, and what
+    is left outside would stay visible when the mouth closes."""
+    left, right = float(across[0]), float(across[-1])
+    line, bulge = _shapes(_within(across, left, right))
+    none = np.zeros_like(bulge)
+    shapes = np.concatenate([np.hstack([line, bulge, none]), np.hstack([line, none, bulge])])
+    target = edges.ravel()
+    outwards = np.repeat([-1.0, 1.0], len(across))
+    weight = np.ones_like(target)
+    for _ in range(FITS):
+        root = np.sqrt(weight)[:, None]
+        fit, *_ = np.linalg.lstsq(shapes * root, target * root[:, 0])
+        away = (target - shapes @ fit) * outwards
+        weight = np.where(away > 0, LIP_SIDE, 1 - LIP_SIDE) / (1 + (away / STRAY) ** 2)
+    return Gap(left, right, fit[:2], fit[2:5], fit[5:])
 
 
 def gap_rows(strip: Strip, evidence: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -87,7 +193,7 @@ def gap_rows(strip: Strip, evidence: Floats) -> tuple[NDArray[np.intp], NDArray[
 def inside_evidence(strip: Strip) -> Floats:
     """-1..1 per pixel, above 0 where it looks like teeth or cavity between two lips."""
     skin = rim_median(strip, strip.lightness)
-    middle = strip.inside_window, slice(strip.half // 2, -strip.half // 2)
+    middle = strip.inside_window, strip.middle
     low, high = np.percentile(strip.redness[middle], [5, 95])
     evidence = np.maximum(pale_evidence(strip, middle, low, high), dark_evidence(strip, skin, high))
     # Without colour, lips brighter than a beard would pass for teeth.
@@ -127,7 +233,7 @@ def bright_evidence(strip: Strip, skin: float) -> Plane:
 
 def rim_median(strip: Strip, values: Plane) -> float:
     """The skin's value, from the strip's upper and lower rim; at least 1."""
-    middle = values[:, strip.half // 2 : -strip.half // 2]
+    middle = values[:, strip.middle]
     return max(float(np.median(np.concatenate([middle[:6], middle[-6:]]))), 1.0)
 
 

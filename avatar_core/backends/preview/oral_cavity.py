@@ -21,6 +21,7 @@ SKIN_PLACES = np.array([(-1.3, -0.9), (1.3, -0.9), (0, -1.2)])  # u, v of both c
 class FaceLight:
     """How bright and how coloured the light on this face is, read from its skin."""
 
+    skin: float  # luminance, 1..255
     brightness: float
     tint: FloatArray  # (3,)
     from_right: float  # -.5 .. .5
@@ -33,6 +34,7 @@ class FaceLight:
         warm = skin / max(skin.mean(), 1)
         left, right = patches[:2] @ LUMINANCE
         return cls(
+            skin=max(float(skin @ LUMINANCE), 1.0),
             brightness=float(np.clip(skin @ LUMINANCE / 190, 0.25, 1.15)),
             tint=(0.62 + 0.38 * warm / max(warm.max(), 1e-3)).astype(np.float32),
             from_right=float(np.clip((right - left) / (right + left + 1), -0.5, 0.5)),

@@ -13,7 +13,6 @@ from typing import Any, Self, overload
 
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -23,7 +22,8 @@ from avatar_core.media.declared import check_matroska
 from avatar_core.media.files import refuse, sniff
 from avatar_core.media.image import ImageLimits, check_size
 from avatar_core.media.video import frame_rate
-from avatar_core.media.video_frame import HDR, Picture, UprightFrames, square_size
+from avatar_core.media.video_frame import Picture, UprightFrames, square_size
+from avatar_core.media.wide_colour import HDR
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "prores")
 MIN_FPS, MAX_FPS = 1, 240
@@ -125,7 +125,7 @@ class Footage(Sequence[Any]):
             self._pts = sorted(shown)
             if not self._pts:
                 raise InputError("holds no pictures; give a complete video")
-            self._measure(stream, shown[self._pts[-1]])
+            self._measure(stream, shown[self._pts[0]].duration or 0)
         self.num_packets = len(packets)
         self._turns = range(len(self._pts)) if fps is None else self._nearest(float(frame_rate(fps)))
         self._needed = set(self._turns)
@@ -137,28 +137,29 @@ class Footage(Sequence[Any]):
         self._frames = self._decoded(self._keys[0] if self._keys else self._pts[0])
         self._next = 0
 
-    def _measure(self, stream: VideoStream, last: "Packet[VideoStream]") -> None:
-        """The footage's own rate and duration, by the times of its frames: headers name odd rates."""
+    def _measure(self, stream: VideoStream, only_length: int) -> None:
+        """The footage's own rate and duration, by the times of its frames: headers name odd rates, and for
+        the last frame odd lengths, so that it counts as long as most."""
         tick = stream.time_base or Fraction(1)
         rate = stream.average_rate
-        gaps = [after - before for before, after in pairwise(self._pts)]
-        gap = statistics.median(gaps) if gaps else float(1 / (rate or 25) / tick)
-        length = Fraction(max(last.duration or 0, gap))
-        self._tick, self._gap = tick, float(gap)
-        self.duration_s = (self._pts[-1] - self._pts[0] + length) * tick
+        gaps = [after - before for before, after in pairwise(self._pts)] or [
+            only_length or 1 / (rate or 25) / tick
+        ]
+        self._tick, self._gap = tick, Fraction(statistics.median(gaps))
+        self.duration_s = (self._pts[-1] - self._pts[0] + self._gap) * tick
         self.fps = len(self._pts) / self.duration_s
-        if rate and abs(rate - self.fps) < self.fps / 100:
-            self.fps = rate  # times may be rounded, to milliseconds for example
+        if rate and abs(len(self._pts) / rate - self.duration_s) <= 2 * tick:
+            self.fps = rate  # of which the times are rounded, to milliseconds for example
 
     def _nearest(self, fps: float) -> Sequence[int]:
-        """The frame shown at each moment of a clip. Rounded times are equally near up to what rounding does."""
+        """The frame of each moment of a clip. Rounded times are equally near up to what rounding does."""
         count = max(1, round(float(self.duration_s) * fps))
+        if len(self._pts) == 1:
+            return [0] * count
         wanted = np.arange(count) / fps / float(self._tick)
         times = np.array(self._pts) - self._pts[0]
-        after = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
-        if len(times) == 1:
-            return [0] * count
-        rounding = min(1.0, self._gap / 10)
+        after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
+        rounding = min(1.0, float(self._gap) / 10)
         is_later = times[after] - wanted < wanted - times[after - 1] - rounding
         chosen: list[int] = np.where(is_later, after, after - 1).tolist()
         return chosen

@@ -23,7 +23,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 def rgb_profile(chromaticities: Chromaticities, curve: Sequence[float]) -> bytes:
     """A display's profile, version 4. `curve` is a gamma alone, or all five numbers as `SRGB_CURVE`. Raises
     `ValueError` for colours that span no gamut."""
-    columns = _to_d50(chromaticities).T
+    columns = to_d50(chromaticities).T
     tags = {b"wtpt": _xyz(_D50)}
     for name, column in zip((b"r", b"g", b"b"), columns, strict=True):
         tags[name + b"XYZ"] = _xyz(column)
@@ -31,7 +31,7 @@ def rgb_profile(chromaticities: Chromaticities, curve: Sequence[float]) -> bytes
     return _profile(tags)
 
 
-def _to_d50(chromaticities: Chromaticities) -> NDArray[np.float64]:
+def to_d50(chromaticities: Chromaticities) -> NDArray[np.float64]:
     """[3, 3]: linear RGB to XYZ, with white brought to D50."""
     pairs = np.array(chromaticities, float).reshape(4, 2)
     if pairs.min() < 0 or pairs[:, 1].min() <= 0:

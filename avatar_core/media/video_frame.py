@@ -1,4 +1,4 @@
-"""What a decoded frame shows: RGB in the colours of BT.709 or sRGB, with square pixels, upright."""
+"""What a decoded frame shows: its colours as BT.709 or sRGB has them, with square pixels, upright."""
 
 import struct
 from fractions import Fraction
@@ -7,15 +7,14 @@ import cv2
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from avatar_core.media.wide_colour import WideToSrgb, is_wide
+
 Picture = NDArray[np.uint8]
 
-HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
-
-_WIDE_GAMUTS = (ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432)
 _UNTAGGED = (2, 3)  # AVCOL_SPC_UNSPECIFIED, AVCOL_SPC_RESERVED
 _HD_WIDTH, _HD_HEIGHT = 1280, 720
 _MAX_ASPECT = 10  # of a pixel; beyond it the header is wrong
@@ -36,6 +35,7 @@ class UprightFrames:
     def __init__(self, stream: VideoStream) -> None:
         self._size = square_size(stream)
         self._reformatter = VideoReformatter()
+        self._wide: dict[tuple[int, int], WideToSrgb] = {}
 
     def __call__(self, frame: VideoFrame) -> Picture:
         """RGB [H, W, 3]; what is transparent is put on white."""
@@ -48,20 +48,28 @@ class UprightFrames:
 
     def _rgb(self, frame: VideoFrame) -> Picture:
         has_alpha = any(component.is_alpha for component in frame.format.components)
-        hdr, wide = frame.color_trc in HDR, frame.color_primaries in _WIDE_GAMUTS
-        # Of HDR, a white of 203 nits becomes white (ITU-R BT.2408); what is brighter is cut.
+        wide = is_wide(frame.color_trc, frame.color_primaries)
+        form = ("rgba64le" if has_alpha else "rgb48le") if wide else "rgba" if has_alpha else "rgb24"
         pixels = self._reformatter.reformat(
             frame,
-            format="rgba" if has_alpha else "rgb24",
+            format=form,
             src_colorspace=Colorspace.ITU709 if _is_untagged_hd(frame) else None,
-            dst_color_trc=ColorTrc.IEC61966_2_1 if hdr else ColorTrc.BT709 if wide else None,
-            dst_color_primaries=ColorPrimaries.BT709 if hdr or wide else None,
             threads=1,  # otherwise as many as there are cores
         ).to_ndarray()
+        colours = pixels[..., :3]
+        if wide:
+            colours = self._to_srgb(frame)(colours)
         if has_alpha:
-            alpha = pixels[..., 3:].astype(np.float32) / 255
-            pixels = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha))
-        return pixels.astype(np.uint8, copy=False)
+            alpha = pixels[..., 3:].astype(np.float32) / np.iinfo(pixels.dtype).max
+            colours = np.rint(colours * alpha + 255 * (1 - alpha))
+        return colours.astype(np.uint8, copy=False)
+
+    def _to_srgb(self, frame: VideoFrame) -> WideToSrgb:
+        """Frames of a stream seldom differ."""
+        kind = (frame.color_trc, frame.color_primaries)
+        if kind not in self._wide:
+            self._wide[kind] = WideToSrgb(*kind)
+        return self._wide[kind]
 
 
 def _is_untagged_hd(frame: VideoFrame) -> bool:

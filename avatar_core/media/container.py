@@ -10,7 +10,7 @@ from av.container import InputContainer
 from av.stream import Disposition, Stream
 
 from avatar_core.errors import InputError
-from avatar_core.media.files import HEAD_BYTES, open_regular, refuse, sniff_head
+from avatar_core.media.files import open_regular, refuse, sniff_file
 
 AnyStream = TypeVar("AnyStream", bound=Stream)
 
@@ -38,8 +38,7 @@ def open_media(path: str | Path) -> Iterator[tuple[InputContainer, str]]:
     playlist under another name does not open.
     """
     with open_regular(path) as file:
-        kind = sniff_head(file.read(HEAD_BYTES))
-        file.seek(0)
+        kind = sniff_file(file)
         if kind not in _DEMUXERS:
             raise refuse(kind, ALLOWED)
         options = {"format_whitelist": _DEMUXERS[kind], "protocol_whitelist": "none"}

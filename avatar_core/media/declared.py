@@ -10,13 +10,14 @@ from av.container import InputContainer
 
 from avatar_core.errors import InputError
 from avatar_core.media.container import open_media
-from avatar_core.media.files import open_regular
+from avatar_core.media.files import id3_length, open_regular
 
 TOLERANCE_S = 0.1
 
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # of a WAV that was written to a pipe
 _PAGE = struct.Struct("<4sBBqIIIB")  # of Ogg
 _MPEG_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+_MP3_HEAD_BYTES = 4096  # more than the first frame
 _SEGMENT, _INFO, _CLUSTER, _DURATION, _SCALE = 0x18538067, 0x1549A966, 0x1F43B675, 0x4489, 0x2AD7B1
 _MAX_ELEMENTS = 10_000
 
@@ -48,11 +49,9 @@ def mp3_samples(path: str | Path) -> int | None:
     such a header."""
     with open_regular(path) as file:
         start = 0
-        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
-            size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-            start += size + (20 if tag[5] & 0x10 else 10)
+        while length := id3_length(head := file.read(_MP3_HEAD_BYTES)):
+            start += length
             file.seek(start)
-        head = tag + file.read(4096)
     at = next((at for at in range(len(head) - 4) if _is_mpeg_frame(head[at : at + 4])), None)
     if at is None:
         return None

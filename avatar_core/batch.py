@@ -196,8 +196,7 @@ def ingest(
     sources |= {name: _source(spec.key, results) for name, spec in specs.items()}
     for name, source in sources.items():
         if warning := source.columns.get("warning"):
-            kind, _, uri = name.partition(":")
-            observer.warning(f"{kind} {uri}: {warning}")
+            observer.warning(f"{name.replace(':', ' ', 1)}: {warning}")
     return sources
 
 

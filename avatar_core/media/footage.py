@@ -142,10 +142,9 @@ class Footage(Sequence[Any]):
         the last frame odd lengths, so that it counts as long as most."""
         tick = stream.time_base or Fraction(1)
         rate = stream.average_rate
-        gaps = [after - before for before, after in pairwise(self._pts)] or [
-            only_length or 1 / (rate or 25) / tick
-        ]
-        self._tick, self._gap = tick, Fraction(statistics.median(gaps))
+        gaps = [after - before for before, after in pairwise(self._pts)]
+        only = only_length or 1 / (rate or 25) / tick
+        self._tick, self._gap = tick, Fraction(statistics.median(gaps) if gaps else only)
         self.duration_s = (self._pts[-1] - self._pts[0] + self._gap) * tick
         self.fps = len(self._pts) / self.duration_s
         if rate and abs(len(self._pts) / rate - self.duration_s) <= 2 * tick:

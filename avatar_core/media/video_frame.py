@@ -2,6 +2,7 @@
 
 import struct
 from fractions import Fraction
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,7 +51,7 @@ class UprightFrames:
         has_alpha = any(component.is_alpha for component in frame.format.components)
         wide = is_wide(frame.color_trc, frame.color_primaries)
         form = ("rgba64le" if has_alpha else "rgb48le") if wide else "rgba" if has_alpha else "rgb24"
-        pixels = self._reformatter.reformat(
+        pixels: Any = self._reformatter.reformat(
             frame,
             format=form,
             src_colorspace=Colorspace.ITU709 if _is_untagged_hd(frame) else None,
@@ -62,7 +63,7 @@ class UprightFrames:
         if has_alpha:
             alpha = pixels[..., 3:].astype(np.float32) / np.iinfo(pixels.dtype).max
             colours = np.rint(colours * alpha + 255 * (1 - alpha))
-        return colours.astype(np.uint8, copy=False)
+        return np.asarray(colours, np.uint8)
 
     def _to_srgb(self, frame: VideoFrame) -> WideToSrgb:
         """Frames of a stream seldom differ."""
@@ -81,7 +82,8 @@ def _is_untagged_hd(frame: VideoFrame) -> bool:
 def _turned(pixels: Picture, frame: VideoFrame) -> Picture:
     """Phones film lying on their side, front cameras mirrored, and note it as a matrix: x' = a x + c y,
     y' = b x + d y."""
-    noted = frame.side_data.get(Type.DISPLAYMATRIX)
+    side_data: Any = frame.side_data
+    noted = side_data.get(Type.DISPLAYMATRIX)
     if noted is None:
         return pixels
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(noted))

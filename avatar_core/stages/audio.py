@@ -58,9 +58,10 @@ class AudioStage(BackendStage):
         segment = config.segment
         with about("recording"):
             tracks = read_tracks(item.assets["audio"], segment)
-            loudnesses = [loudness_db(track) for track in tracks]
-            for path, of_track in zip(item.assets["audio"], loudnesses, strict=True):
-                if of_track < config.silence_db + _FAINT_DB:
+        loudnesses = [loudness_db(track) for track in tracks]
+        for number, path in enumerate(item.assets["audio"]):
+            if loudnesses[number] < config.silence_db + _FAINT_DB:
+                with about(f"recording {number + 1}" if len(tracks) > 1 else "recording"):
                     _check_polarity(path, config.silence_db)
         loudness = max(loudnesses)
         if loudness < config.silence_db:

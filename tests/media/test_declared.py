@@ -31,10 +31,9 @@ def noise(rate: int, duration_s: float) -> NDArray[np.float32]:
 def write(
     path: Path, codec: str, form: str, rate: int = 48_000, duration_s: float = 4.0, **options: str
 ) -> Path:
-    container_options = {
-        name: options.pop(name) for name in ("live", "movflags", "write_xing", "rf64") if name in options
-    }
-    with av.open(str(path), "w", format=form, options=container_options) as file:
+    of_file = ("live", "movflags", "write_xing", "rf64")
+    form_options: dict[str, str] = {name: options.pop(name) for name in of_file if name in options}
+    with av.open(str(path), "w", format=form, options=form_options) as file:
         stream = file.add_stream(codec, rate=rate, layout="mono", options=options)
         frame = av.AudioFrame.from_ndarray(noise(rate, duration_s)[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)

@@ -53,9 +53,9 @@ def write(
     with av.open(str(path), "w", format=form) as file:
         stream = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = first.width, first.height, first.format.name
-        stream.options = (
-            {"crf": "2", "preset": "ultrafast", **options} if codec.startswith("libx26") else options
-        )
+        stream.options = dict(options)
+        if codec.startswith("libx26"):
+            stream.options = {"crf": "2", "preset": "ultrafast", **options}
         context = stream.codec_context
         context.colorspace, context.color_range = first.colorspace, first.color_range
         context.color_primaries, context.color_trc = first.color_primaries, first.color_trc

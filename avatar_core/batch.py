@@ -193,7 +193,11 @@ def ingest(
     _run_missing(
         storage, IngestStage(), "ingest", missing, INGEST_SECONDS, config, results, observer, cancelled
     )
-    return sources | {name: _source(spec.key, results) for name, spec in specs.items()}
+    sources |= {name: _source(spec.key, results) for name, spec in specs.items()}
+    for name, source in sources.items():
+        if warning := source.columns.get("warning"):
+            observer.warning(f"{name.replace(':', ' ', 1)}: {warning}")
+    return sources
 
 
 def speak(

@@ -259,7 +259,8 @@ class ClipBuilder:
         fps = row.fps or self.config.video.fps
         face = self._face(picture)
         audio = self._audio(recordings, segment, fps, params)
-        reference = self._reference(picture, len(recordings), row.bbox or (), params)
+        footage_fps = fps if row.video else None
+        reference = self._reference(picture, len(recordings), row.bbox or (), params, footage_fps)
         conditions = {"audio": (audio,), "reference": (reference,)}
         if "text" in self.stages:
             conditions["text"] = (self._text(picture, row.prompt or "", row.negative_prompt, params),)
@@ -313,10 +314,16 @@ class ClipBuilder:
         return self._item("text", config, assets=self._pictures(picture))
 
     def _reference_item(
-        self, picture: str, speakers: int, boxes: tuple[tuple[float, ...], ...], params: str
+        self,
+        picture: str,
+        speakers: int,
+        boxes: tuple[tuple[float, ...], ...],
+        params: str,
+        footage_fps: float | None,
     ) -> ItemSpec:
         config = ReferenceStageConfig(
             max_side=self.config.video.max_side,
+            fps=footage_fps,
             speakers=speakers,
             boxes=boxes,
             rule=self.config.face.rule,

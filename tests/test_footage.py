@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from avatar_core.backends.base import BACKENDS, Picture, Tensors
 from avatar_core.backends.preview.backend import PreviewBackend
+from avatar_core.batch import open_batch
 from avatar_core.media.face import Face
 from avatar_core.media.footage import Footage
 from avatar_core.media.image import load_image
@@ -18,6 +20,7 @@ from tests.sample_rows import (
     PREVIEW_STAGES,
     RunAvatar,
     Watcher,
+    attempts,
     flip_byte,
     read_video,
     write_landscape,
@@ -62,14 +65,14 @@ def known_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "footage", f"{__name__}:FootageBackend")
 
 
-def write_footage(path: Path, picture: Path, num_frames: int = NUM_FRAMES) -> Path:
+def write_footage(path: Path, picture: Path, num_frames: int = NUM_FRAMES, fps: float = 25) -> Path:
     """A still picture of a speaker whose upper edge grows lighter from frame to frame."""
     still = load_image(picture)
     still = np.ascontiguousarray(still[: still.shape[0] // 2 * 2, : still.shape[1] // 2 * 2])
-    with VideoWriter(path, still.shape[1], still.shape[0], 25, crf=4) as writer:
+    with VideoWriter(path, still.shape[1], still.shape[0], fps, crf=4) as writer:
         for index in range(num_frames):
             frame = still.copy()
-            frame[:16] = 20 + 25 * index
+            frame[:16] = 20 + 200 // num_frames * index
             writer.write_frame(frame)
     return path
 
@@ -160,3 +163,58 @@ def test_damaged_footage_in_the_store_is_taken_in_again(folder: Path, tmp_path: 
     second = rendered(folder, tmp_path, row, watcher)
     assert watcher.counts["ingest"] == 1
     assert second.metadata["sha256"].tolist() == first.metadata["sha256"].tolist()
+
+
+def top_rows(result: Result, num_frames: int) -> list[int]:
+    """Which frame of the footage each frame of the clip stands on."""
+    assert result.failures.empty, result.failures["error"].tolist()
+    frames = read_video(Path(result.dataset) / result.metadata["file_name"].iloc[0])
+    return [round((frame[4].mean() - 20) / (200 // num_frames)) for frame in frames]
+
+
+def test_movement_keeps_its_speed(folder: Path, tmp_path: Path) -> None:
+    """Footage of 50 and of 12.5 frames a second in a clip of 25, and of 25 in one of 12.5."""
+    expected = {50: [0, 2, 4, 6, 8, 10, 12, 14], 12.5: [i // 2 for i in range(15)]}
+    for rate, frames in expected.items():
+        write_footage(tmp_path / f"{rate}.mp4", folder / "portrait.jpg", 16, rate)
+        result = rendered(
+            folder, tmp_path / "store", {"video": str(tmp_path / f"{rate}.mp4"), "audio": "hello.wav"}
+        )
+        assert top_rows(result, 16)[: len(frames)] == frames
+    row = {"video": "talk.mp4", "audio": "hello.wav"}
+    slow = rendered(folder, tmp_path / "store", row, video={"fps": 12.5})
+    assert top_rows(slow, NUM_FRAMES)[:4] == [0, 2, 4, 6]
+
+
+def test_a_backend_may_take_frames_in_turn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FootageBackend, "frames_in_turn", True, raising=False)
+    write_footage(tmp_path / "fast.mp4", folder / "portrait.jpg", 16, 50)
+    row = {"video": str(tmp_path / "fast.mp4"), "audio": "hello.wav"}
+    assert top_rows(rendered(folder, tmp_path / "store", row), 16) == list(range(15))
+
+
+def test_the_clips_rate_is_in_the_key_of_footage_and_not_of_a_picture(folder: Path, tmp_path: Path) -> None:
+    for column, name, differs in (("video", "talk.mp4", True), ("image", "portrait.jpg", False)):
+        row = {column: str(folder / name), "audio": str(folder / "hello.wav")}
+        config = {
+            "rows": [{**row, "fps": fps} for fps in (25, 30)],
+            "storage": {"root": str(tmp_path)},
+            "backend": {"name": "footage"},
+        }
+        first, second = open_batch(config).clips
+        assert first.items["face"].key == second.items["face"].key
+        assert (first.items["reference"].key != second.items["reference"].key) is differs
+
+
+def test_a_warning_of_ingest_is_shown_and_kept(inputs: Path, tmp_path: Path) -> None:
+    with Image.open(inputs / "portrait.jpg") as picture:
+        picture.save(tmp_path / "a.jpg", icc_profile=b"not a profile")
+    row = {"image": str(tmp_path / "a.jpg"), "audio": str(inputs / "hello.wav")}
+    for _ in range(2):
+        watcher = Watcher()
+        render({"rows": [row], "storage": {"root": str(tmp_path / "store")}}, watcher)
+        (warning,) = watcher.warnings
+        assert warning.startswith(f"image {tmp_path}/a.jpg: its colour profile is ignored: ")
+    assert attempts(tmp_path / "store", "ingest")["warning"].dropna().tolist() == [warning.partition(": ")[2]]

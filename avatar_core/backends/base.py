@@ -45,7 +45,8 @@ class Backend(Protocol):
     `faces`.
 
     A backend that renders from footage too has `takes_video = True` and `encode_video`; for others a row with
-    a video is an error.
+    a video is an error. It gets footage at the clip's rate, or with `frames_in_turn = True` frame by frame as
+    it was filmed, whatever its rate.
 
     A backend whose stages can do with less memory has `memory_levels(stage, device)` too: names of levels,
     most memory first, beginning with the first that fits the device. Levels never change a result.

@@ -1,7 +1,6 @@
 """Recordings: what they hold, and their samples at any rate, block by block."""
 
 import math
-import os
 import struct
 import wave
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +13,20 @@ import numpy as np
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.packet import Packet
 from numpy.typing import NDArray
 
 from avatar_core.errors import InputError
-from avatar_core.media.container import open_media
-from avatar_core.media.files import open_regular
+from avatar_core.media.container import chosen_stream, codec_name, open_media
+from avatar_core.media.declared import (
+    TOLERANCE_S,
+    check_matroska,
+    check_ogg,
+    mp3_samples,
+    truncated,
+    wav_data_bytes,
+)
+from avatar_core.media.files import sniff
 
 Samples = NDArray[np.float32]
 
@@ -26,10 +34,11 @@ MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 8_000, 192_000
 MAX_CHANNELS = 8
 
 _CODECS = ("flac", "alac", "mp3", "aac", "vorbis", "opus")
+_PCM = ("pcm_", "adpcm_")
 _EXACT = ("wav", "flac")
 _EDITED = ("mp4", "mov")  # their edit list puts padding before time 0
-_TOLERANCE_S, _EXACT_TOLERANCE_S = 0.1, 0.01
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+_EXACT_TOLERANCE_S = 0.01
+_WHOLE_FILE = {"webm": check_matroska, "ogg": check_ogg}
 
 # Left and right weight of a channel by its name, after ITU-R BS.775; low-frequency effects are left out.
 _SIDE = math.sqrt(0.5)
@@ -65,27 +74,30 @@ class AudioProbe:
 
 def probe_audio(path: str | Path, limits: AudioLimits | None = None) -> AudioProbe:
     """Reads every packet and decodes none. A file shorter than its header says raises `InputError`."""
+    if check := _WHOLE_FILE.get(sniff(path) or ""):
+        check(path)
     with open_media(path) as (container, kind):
         stream = _sound_of(container)
         codec = stream.codec_context.codec.canonical_name
-        samples, size = _count(container, stream, kind)
+        samples, skipped, size = _count(container, stream, kind)
         rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-        promised = _promised_samples(path, kind, stream, samples, size)
+        promised = _promised_samples(path, kind, stream, samples + skipped, size) - skipped
     duration_s = samples / rate
     if promised / rate - duration_s > _tolerance_s(kind):
-        raise _truncated(promised / rate, duration_s)
+        raise truncated(promised / rate, duration_s)
     _check_duration(duration_s, limits or AudioLimits(math.inf, 0.0))
     return AudioProbe(kind, codec, rate, channels, samples, duration_s)
 
 
 def _sound_of(container: InputContainer) -> AudioStream:
-    if not container.streams.audio:
+    """Of several tracks the one that a player takes."""
+    stream = chosen_stream(container.streams.audio, _CODECS, _PCM)
+    if stream is None:
         raise InputError("has no sound, or was cut off; give a complete recording")
-    stream = container.streams.audio[0]
-    if stream.codec_context is None:
+    codec = codec_name(stream)
+    if codec is None:
         raise InputError(f"has sound in an unknown codec; allowed: PCM, {', '.join(_CODECS)}")
-    codec = stream.codec_context.codec.canonical_name
-    if not codec.startswith(("pcm_", "adpcm_")) and codec not in _CODECS:
+    if not codec.startswith(_PCM) and codec not in _CODECS:
         raise InputError(f"has sound in the codec {codec}; allowed: PCM, {', '.join(_CODECS)}")
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
     if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
@@ -95,11 +107,11 @@ def _sound_of(container: InputContainer) -> AudioStream:
     return stream
 
 
-def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[int, int]:
-    """Samples per channel and bytes of all packets, less what the file marks as padding."""
+def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[int, int, int]:
+    """Samples per channel without what the file marks as padding, the padding, and bytes of all packets."""
     ticks = skipped = size = 0
     starts, ends = [], []
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         if packet.size == 0:
             continue
         start, length = packet.pts or 0, packet.duration or 0
@@ -117,39 +129,32 @@ def _count(container: InputContainer, stream: AudioStream, kind: str) -> tuple[i
         ticks = stream.duration or ticks
     elif kind == "webm" and ends:
         ticks = ends[-1] - starts[0]
-    return round(ticks * (stream.time_base or 0) * stream.codec_context.sample_rate) - skipped, size
+    return round(ticks * (stream.time_base or 0) * stream.codec_context.sample_rate) - skipped, skipped, size
+
+
+def _packets(container: InputContainer, stream: AudioStream) -> Iterator["Packet[AudioStream]"]:
+    """Raw AAC may end within a frame, as a stream does that somebody recorded."""
+    try:
+        yield from container.demux(stream)
+    except av.error.InvalidDataError:
+        if container.format.name != "aac":
+            raise
 
 
 def _promised_samples(path: str | Path, kind: str, stream: AudioStream, samples: int, size: int) -> float:
-    """What the header says, where it says anything exact; else 0."""
+    """What the header says, padding included, where it says anything exact; else 0."""
     if kind == "wav":
-        promised = _wav_data_bytes(path)
-        return samples * promised / size if size and promised not in _UNKNOWN_SIZES else 0
+        promised = wav_data_bytes(path)
+        return samples * promised / size if size and promised else 0
+    if kind == "mp3":
+        return mp3_samples(path) or 0
     if kind in ("flac", *_EDITED) and stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base * stream.codec_context.sample_rate)
     return 0
 
 
-def _wav_data_bytes(path: str | Path) -> int:
-    """FFmpeg takes the smaller of header and file, which hides a cut file."""
-    with open_regular(path) as file:
-        file.seek(12)
-        while len(head := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", head)
-            if name == b"data":
-                return int(size)
-            file.seek(size + size % 2, os.SEEK_CUR)
-    return 0
-
-
 def _tolerance_s(kind: str) -> float:
-    return _EXACT_TOLERANCE_S if kind in _EXACT else _TOLERANCE_S
-
-
-def _truncated(promised_s: float, found_s: float) -> InputError:
-    return InputError(
-        f"is truncated: its header says {promised_s:.2f} s, {found_s:.2f} s could be decoded; copy it again"
-    )
+    return _EXACT_TOLERANCE_S if kind in _EXACT else TOLERANCE_S
 
 
 def _check_duration(duration_s: float, limits: AudioLimits) -> None:
@@ -215,7 +220,7 @@ def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFra
     """A packet that cannot be decoded is an error, except at the very end, where tags may be; the None
     after the last frame flushes."""
     broken: Exception | None = None
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:
@@ -258,7 +263,7 @@ def _complete(
         yield block
         count += len(block)
     if (total - count) / sample_rate > tolerance_s:
-        raise _truncated(total / sample_rate, count / sample_rate)
+        raise truncated(total / sample_rate, count / sample_rate)
     yield np.zeros((max(0, total - count), channels), np.float32)
 
 
@@ -313,3 +318,16 @@ def loudness_db(samples: Samples) -> float:
     """Root mean square in dB of full scale; -inf for silence."""
     power = float(np.mean(np.square(samples, dtype=np.float64))) if samples.size else 0.0
     return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def mono_and_stereo_db(path: str | Path, sample_rate: int) -> tuple[float, float]:
+    """Loudness of a recording mixed to mono, and of its louder side."""
+    powers = []
+    for channels in (1, 2):
+        energy, count = np.zeros(channels), 0
+        for block in decode_blocks(path, sample_rate, channels):
+            energy += np.square(block, dtype=np.float64).sum(axis=0)
+            count += len(block)
+        powers.append(float(energy.max()) / max(1, count))
+    mono, stereo = (10 * math.log10(power) if power > 0 else -math.inf for power in powers)
+    return mono, stereo

@@ -24,13 +24,17 @@ _SIGNATURES = (
     (0, b"ID3", "mp3"),
     (0, b"\x1aE\xdf\xa3", "webm"),
     (4, b"ftypqt", "mov"),
-    (4, b"ftypavif", "avif"),
-    (4, b"ftyphei", "heic"),
+    (4, b"ftypavi", "avif"),
+    (4, b"ftyphe", "heic"),
     (4, b"ftypmif1", "heic"),
+    (4, b"ftypmsf1", "heic"),
     (4, b"ftyp", "mp4"),
     (4, b"moov", "mov"),
     (4, b"mdat", "mov"),
     (4, b"wide", "mov"),
+    (4, b"JXL ", "jpeg xl"),
+    (0, b"\xff\x0a", "jpeg xl"),
+    (4, b"jP  ", "jpeg 2000"),
     (0, b"GIF8", "gif"),
     (0, b"BM", "bmp"),
     (0, b"II*\0", "tiff"),
@@ -72,7 +76,30 @@ def sniff(path: str | Path) -> str | None:
     """'png', 'jpeg', 'webp', 'wav', 'flac', 'mp3', 'aac', 'ogg', 'mp4', 'mov', 'webm', another known
     format, 'playlist', 'svg', 'html' or 'text'; None where the first bytes tell nothing."""
     with open_regular(path) as file:
-        return sniff_head(file.read(HEAD_BYTES))
+        return sniff_file(file)
+
+
+def sniff_file(file: BinaryIO) -> str | None:
+    """The same of an open file. An ID3 tag may stand before AAC and FLAC, too."""
+    head, start = file.read(HEAD_BYTES), 0
+    kind = sniff_head(head)
+    while length := id3_length(head):
+        start += length
+        file.seek(start)
+        head = file.read(HEAD_BYTES)
+    if start and (behind := sniff_head(head)) in ("aac", "flac"):
+        kind = behind
+    file.seek(0)
+    return kind
+
+
+def id3_length(head: bytes) -> int:
+    """Bytes of the ID3 tag that begins here; 0 if there is none."""
+    if head[:3] != b"ID3" or len(head) < 10:
+        return 0
+    has_footer = head[5] & 0x10
+    size = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return size + (20 if has_footer else 10)
 
 
 def sniff_head(head: bytes) -> str | None:

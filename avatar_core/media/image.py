@@ -1,12 +1,12 @@
-"""Pictures: header, upright RGB pixels, size for video."""
+"""Pictures: header, upright sRGB pixels, size for video."""
 
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -15,7 +15,9 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from avatar_core.errors import InputError
+from avatar_core.media.colour import Colours, ToSrgb
 from avatar_core.media.files import HEAD_BYTES, open_regular, refuse, sniff_head
+from avatar_core.media.png import read_png
 
 FORMATS = ("png", "jpeg", "webp")
 
@@ -30,7 +32,6 @@ _UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 _QUARTER_TURNS = (5, 6, 7, 8)
-_PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,25 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ImageProbe:
-    """Width and height of the upright picture; `mode` as Pillow names it; `frames` above 1 = animated."""
+    """Width and height of the upright picture; `mode` as Pillow names it; `frames` above 1 = animated;
+    `warning`: what of its colours is not obeyed."""
 
     format: str
     width: int
     height: int
     mode: str
     frames: int
+    warning: str | None = None
 
 
 def probe_image(path: str | Path) -> ImageProbe:
     """Reads the header only."""
-    with _open_image(path) as (image, format_name):
+    with _open_image(path) as (image, format_name, colours):
         width, height = image.size
         if _orientation(image) in _QUARTER_TURNS:
             width, height = height, width
-        return ImageProbe(format_name, width, height, image.mode, getattr(image, "n_frames", 1))
+        frames, warning = getattr(image, "n_frames", 1), ToSrgb(colours, image.mode).warning
+        return ImageProbe(format_name, width, height, image.mode, frames, warning)
 
 
 def check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -69,27 +73,34 @@ def check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def load_image(path: str | Path, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
-    """RGB [H, W, 3], upright, transparency over white; the first frame of an animation."""
-    with _open_image(path) as (image, _):
+    """RGB [H, W, 3] in sRGB, upright, transparency over white; the first frame of an animation."""
+    with _open_image(path) as (image, _, colours):
         check_size(*image.size, limits or ImageLimits())
         orientation = _orientation(image)
         image.load()
-        picture = _to_rgb(image)
+        to_srgb = ToSrgb(colours, image.mode)
+        picture = to_srgb(_grey(image) if image.mode.startswith("I") or image.mode == "F" else image)
         if orientation in _UPRIGHT:
             picture = picture.transpose(_UPRIGHT[orientation])
         return np.array(picture, dtype=np.uint8)
 
 
 @contextmanager
-def _open_image(path: str | Path) -> Iterator[tuple[Image.Image, str]]:
+def _open_image(path: str | Path) -> Iterator[tuple[Image.Image, str, Colours]]:
     with open_regular(path) as file:
         kind = sniff_head(file.read(HEAD_BYTES))
         if kind not in FORMATS:
             raise refuse(kind, "PNG, JPEG, WebP")
         file.seek(0)
-        content = io.BytesIO(_without_notes(file.read())) if kind == "png" else file
+        content: IO[bytes] = file
+        colours = Colours()
+        if kind == "png":
+            picture, colours = read_png(file.read())
+            content = io.BytesIO(picture)
         with _plain_errors(kind), Image.open(content, formats=[kind.upper()]) as image:
-            yield image, kind
+            if kind != "png":
+                colours = Colours(image.info.get("icc_profile"))
+            yield image, kind, colours
 
 
 @contextmanager
@@ -108,19 +119,6 @@ def _plain_errors(kind: str) -> Iterator[None]:
         raise InputError(f"is a broken {kind.upper()} picture ({reason}); save it again") from error
 
 
-def _without_notes(png: bytes) -> bytes:
-    """Without texts and colour profile: Pillow refuses a whole picture for a long compressed note, and
-    image generators write their workflow there."""
-    parts, start = [png[:8]], 8
-    while start + 8 <= len(png):
-        length, name = struct.unpack_from(">I4s", png, start)
-        end = start + 12 + length
-        if name not in _PNG_NOTES:
-            parts.append(png[start:end])
-        start = end
-    return b"".join(parts)
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -128,24 +126,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_wide_grey(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_wide_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip at 255 rather than scale."""
+def _grey(image: Image.Image) -> Image.Image:
+    """Of 16 bits, which Pillow would clip at 255 rather than scale."""
     grey = np.asarray(image).astype(np.float32)
     transparent = image.info.get("transparency")
     scaled = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
     if isinstance(transparent, int):
         scaled[grey == transparent] = 255
-    return Image.fromarray(scaled).convert("RGB")
+    return Image.fromarray(scaled)
 
 
 def fit_size(width: int, height: int, max_side: int) -> tuple[int, int]:

@@ -10,11 +10,14 @@ import pyarrow as pa
 
 from avatar_core.config import AudioConfig
 from avatar_core.errors import InputError, about
-from avatar_core.media.audio import loudness_db
+from avatar_core.media.audio import loudness_db, mono_and_stereo_db
 from avatar_core.media.speakers import speaker_tracks
 from avatar_core.stages.base import BackendStage, Item, Output, Report
 
 SAMPLE_RATE = 16_000
+
+_FAINT_DB = 20  # so little above silence, a recording may be what two channels leave of each other
+_CANCELLED_DB = 20  # so much softer than one side, a mono mix has lost what is said
 
 Combination = Literal["para", "add", "turns"] | None
 """Two speakers at the same time (`para`), one after the other (`add`), or in recordings that run at the same
@@ -55,7 +58,12 @@ class AudioStage(BackendStage):
         segment = config.segment
         with about("recording"):
             tracks = read_tracks(item.assets["audio"], segment)
-        loudness = max(loudness_db(track) for track in tracks)
+        loudnesses = [loudness_db(track) for track in tracks]
+        for number, path in enumerate(item.assets["audio"]):
+            if loudnesses[number] < config.silence_db + _FAINT_DB:
+                with about(f"recording {number + 1}" if len(tracks) > 1 else "recording"):
+                    _check_polarity(path, config.silence_db)
+        loudness = max(loudnesses)
         if loudness < config.silence_db:
             raise InputError(
                 f"recording: is silent: {loudness:.0f} dBFS, quieter than audio.silence_db="
@@ -70,6 +78,16 @@ class AudioStage(BackendStage):
                 "loudness_db": loudness,
             },
             self.backend.encode_audio(models, tracks, SAMPLE_RATE, config.fps, num_frames),
+        )
+
+
+def _check_polarity(path: Path, silence_db: float) -> None:
+    mono, stereo = mono_and_stereo_db(path, SAMPLE_RATE)
+    if stereo >= silence_db and mono <= stereo - _CANCELLED_DB:
+        left = "nothing is left" if mono < silence_db else f"{mono:.0f} dBFS are left"
+        raise InputError(
+            f"its channels cancel each other out: of {stereo:.0f} dBFS {left} when they are mixed to mono; "
+            "give a mono recording, or turn the polarity of one channel round"
         )
 
 

@@ -55,7 +55,7 @@ class DecodeStage(BackendStage):
             source: Any = picture
             if "video" in item.assets:
                 source = opened.enter_context(
-                    open_fitted(self.backend, item, config.max_side, config.backend)
+                    open_fitted(self.backend, item, config.max_side, config.fps, config.backend)
                 )
             frames = self._frames(models, source, item, config)
             first = next(frames)

@@ -28,7 +28,7 @@ class FaceStageConfig:
 
 class FaceStage(Stage):
     name = "face"
-    version = 1
+    version = 2
     columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
 
     def weights(self, config: FaceStageConfig) -> tuple[str, ...]:

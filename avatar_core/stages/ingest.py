@@ -63,7 +63,7 @@ def source_policy(config: IngestConfig) -> SourcePolicy:
 
 class IngestStage(Stage):
     name = "ingest"
-    version = 1
+    version = 2
     folder = "assets"
     columns = pa.schema(
         {
@@ -77,6 +77,7 @@ class IngestStage(Stage):
             "duration_s": pa.float64(),
             "fps": pa.float64(),
             "num_frames": pa.int64(),
+            "warning": pa.string(),
         }
     )
 
@@ -103,7 +104,12 @@ def _silent(recording: Path) -> Path:
 def _probe_picture(path: Path, config: IngestConfig) -> dict[str, Any]:
     probe = probe_image(path)
     check_size(probe.width, probe.height, ImageLimits(config.max_pixels, config.min_side))
-    return {"format": probe.format, "width": probe.width, "height": probe.height}
+    return {
+        "format": probe.format,
+        "width": probe.width,
+        "height": probe.height,
+        "warning": probe.warning,
+    }
 
 
 def _probe_footage(path: Path, config: IngestConfig) -> dict[str, Any]:
@@ -116,6 +122,7 @@ def _probe_footage(path: Path, config: IngestConfig) -> dict[str, Any]:
         "duration_s": probe.duration_s,
         "fps": probe.fps,
         "num_frames": probe.num_frames,
+        "warning": probe.warning,
     }
 
 

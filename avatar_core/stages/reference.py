@@ -22,9 +22,11 @@ NO_LIMITS = ImageLimits(max_pixels=sys.maxsize, min_side=2)
 
 @dataclass(frozen=True)
 class ReferenceStageConfig:
-    """`boxes`: one per speaker, x_min, y_min, x_max, y_max in pixels of the upright picture."""
+    """`boxes`: one per speaker, x_min, y_min, x_max, y_max in pixels of the upright picture. `fps` is the
+    clip's where the source is footage."""
 
     max_side: int
+    fps: float | None = None
     speakers: int = 1
     boxes: tuple[tuple[float, ...], ...] = ()
     rule: str = FaceConfig.rule
@@ -56,7 +58,7 @@ class ReferenceStage(BackendStage):
             source = load_upright(item, NO_LIMITS)
             tensors = encode_scene(models, source, faces, config.boxes, config.speakers, config.backend)
         elif "video" in item.assets:
-            with open_fitted(self.backend, item, config.max_side, config.backend) as footage:
+            with open_fitted(self.backend, item, config.max_side, config.fps, config.backend) as footage:
                 tensors = self.backend.encode_video(models, footage, scaled, config.backend)
         else:
             tensors = self.backend.encode_picture(models, picture, scaled, config.backend)
@@ -70,9 +72,13 @@ def load_fitted(
     return backend.fit_picture(load_upright(item, NO_LIMITS), max_side, config)
 
 
-def open_fitted(backend: Backend, item: Item, max_side: int, config: Any) -> Footage:
-    """All frames of an item's footage, each at the size of the video."""
-    return Footage(item.assets["video"][0], lambda frame: backend.fit_picture(frame, max_side, config)[0])
+def open_fitted(backend: Backend, item: Item, max_side: int, fps: float | None, config: Any) -> Footage:
+    """An item's footage at the rate of its clip, each frame at the size of the video."""
+    return Footage(
+        item.assets["video"][0],
+        lambda frame: backend.fit_picture(frame, max_side, config)[0],
+        None if getattr(backend, "frames_in_turn", False) else fps,
+    )
 
 
 def _scaled(face: Face, across: float, down: float) -> Face:

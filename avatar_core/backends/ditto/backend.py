@@ -31,7 +31,9 @@ class DittoBackend:
     name = "ditto"
     label = "Ditto"
     config_type = DittoConfig
-    versions: ClassVar = MappingProxyType(dict.fromkeys(STAGES, 1) | {"decode": 2})
+    versions: ClassVar = MappingProxyType(
+        dict.fromkeys(STAGES, 1) | {"audio": 2, "reference": 2, "decode": 2}
+    )
     guessed_seconds: ClassVar = MappingProxyType(
         {"audio": 1.0, "reference": 3.0, "denoise": 0.2, "decode": 1.0}
     )
@@ -41,6 +43,7 @@ class DittoBackend:
 
     def __init__(self, config: DittoConfig) -> None:
         self.config = config
+        self.frames_in_turn = config.mode == "parity"
         # Random weights prove the chain on any machine.
         heavy = "cpu" if config.checkpoint == _TINY else "gpu"
         self.queues: Mapping[str, str] = dict.fromkeys(STAGES, heavy) | {"audio": "cpu"}

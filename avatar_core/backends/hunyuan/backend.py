@@ -33,7 +33,9 @@ class HunyuanBackend:
     name = "hunyuan"
     label = "HunyuanVideo-Avatar"
     config_type = HunyuanConfig
-    versions: ClassVar = MappingProxyType(dict.fromkeys(_STAGES, 1) | {"decode": 2})
+    versions: ClassVar = MappingProxyType(
+        dict.fromkeys(_STAGES, 1) | {"audio": 2, "text": 2, "reference": 2, "decode": 2}
+    )
     guessed_seconds: ClassVar = MappingProxyType(
         {"audio": 0.1, "text": 5.0, "reference": 5.0, "denoise": 100.0, "decode": 5.0}
     )

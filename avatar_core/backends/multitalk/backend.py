@@ -31,7 +31,9 @@ class MultiTalkBackend:
     name = "multitalk"
     label = "MultiTalk"
     config_type = MultiTalkConfig
-    versions: ClassVar = MappingProxyType(dict.fromkeys(_STAGES, 1) | {"decode": 2})
+    versions: ClassVar = MappingProxyType(
+        dict.fromkeys(_STAGES, 1) | {"audio": 2, "reference": 2, "decode": 2}
+    )
     guessed_seconds: ClassVar = MappingProxyType(
         {"audio": 0.2, "text": 5.0, "reference": 0.1, "denoise": 150.0, "decode": 5.0}
     )

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +54,7 @@ class Destination:
         self._inputs = list(_local_inputs(config))
         self._stream = stream
         self._path = _expanded(given)
-        self._is_folder = given.endswith("/") or self._path.is_dir()
+        self._is_folder = given.endswith("/") or _is_folder(self._path)
         self._paths: dict[str, Path] = {}
         if self._is_folder:
             _check(self._path, _folder_problem(self._path))
@@ -159,6 +160,12 @@ def _expanded(given: str) -> Path:
         raise ConfigError(f"-o {given}: there is no such user; give another path") from None
 
 
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # said by what follows
+        return path.is_dir()
+    return False
+
+
 def _local_inputs(config: Config) -> Iterator[tuple[str, os.stat_result]]:
     for place in (config.table, *(row.get(name) for row in config.rows for name in PATHS)):
         if isinstance(place, str) and scheme_of(place) in (None, "file"):
@@ -172,16 +179,15 @@ def _check(path: Path, problem: str | None) -> None:
 
 
 def _folder_problem(folder: Path) -> str | None:
-    """Folders that are not there will be made."""
+    """Those that are not there will be made."""
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        if not existing.is_dir():
+            return f"{existing} is no folder; give another path"
+        with tempfile.TemporaryFile(dir=existing):  # permissions alone tell too little, to root above all
+            return None
     except OSError as error:
-        return f"{error.strerror}; give another path"
-    if not existing.is_dir():
-        return f"{existing} is no folder; give another path"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"the folder {existing} cannot be written to; give another path"
-    return None
+        return f"no file can be made there ({error.strerror}); give another path"
 
 
 def _device_problem(path: Path, mode: int) -> str | None:

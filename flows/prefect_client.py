@@ -1,9 +1,12 @@
 """Prefect and its client, with a sentence where the environment is against them."""
 
+import io
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,11 +23,7 @@ def load_prefect(api_url: str | None = None) -> None:
 
     Raises `ConfigError` where a setting or a proxy is wrong.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of folders; what they cost is told later on
-            import prefect.context  # noqa: F401
-    except Exception as error:  # settings come from many places, and each has exceptions of its own
-        raise ConfigError(_explained(error)) from error
+    _import_quietly()
     from prefect.settings import get_current_settings
 
     url = api_url or get_current_settings().api.url
@@ -54,6 +53,20 @@ def prefect_client(api_url: str | None = None) -> Iterator["SyncPrefectClient"]:
         reason = " ".join(str(error).split()) or type(error).__name__
         place = api_url or os.environ.get("PREFECT_API_URL") or "that the settings name"
         raise AvatarError(f"the Prefect server {_without_login(place)} cannot be used: {reason}") from error
+
+
+def _import_quietly() -> None:
+    """What Prefect says of wrong settings, in many lines and before it raises, is said by our error."""
+    certificates = os.environ.get("SSL_CERT_FILE")
+    if certificates and not Path(certificates).is_file():
+        raise ConfigError(f"SSL_CERT_FILE={certificates}: no such file; mend or unset it")
+    said = io.StringIO()
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(said):
+            import prefect.context  # noqa: F401
+    except Exception as error:  # settings come from many places, and each has exceptions of its own
+        raise ConfigError(_explained(error)) from error
+    sys.stderr.write(said.getvalue())
 
 
 def _explained(error: Exception) -> str:

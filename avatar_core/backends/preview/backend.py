@@ -57,7 +57,7 @@ class PreviewBackend:
     )
     max_speakers = 2
     text_sees_picture = False
-    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 2})
+    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 2, "denoise": 1, "decode": 3})
     queues: ClassVar = MappingProxyType(
         {"audio": "cpu", "reference": "cpu", "denoise": "cpu", "decode": "cpu"}
     )

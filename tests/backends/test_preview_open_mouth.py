@@ -1,5 +1,5 @@
-"""Portraits drawn with an open mouth of known geometry, seen from the front and turned, must not grow a second
-mouth when they speak."""
+"""Portraits drawn with an open mouth of known geometry, from the front and turned, grow no second mouth when
+they speak."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -43,10 +43,9 @@ class DrawnFace:
         arch = np.sqrt(np.clip(1 - (across / self.width) ** 2, 0, 1))
         return MOUTH_Y - 0.3 * self.opening * arch, MOUTH_Y + 0.7 * self.opening * arch
 
-    @property
-    def columns(self) -> NDArray[np.intp]:
-        """Picture columns that cross the opening, but for its last tenths."""
-        ends = self.x(np.array([-0.9, 0.9]) * self.width)
+    def columns(self, share: float) -> NDArray[np.intp]:
+        """Picture columns that cross that share of the opening's width."""
+        ends = self.x(np.array([-share, share]) * self.width)
         return np.arange(round(ends[0]), round(ends[1]) + 1)
 
     def face(self) -> Face:
@@ -112,13 +111,22 @@ def spoken(name: str, mouth_open: float, wide: float = 0) -> Picture:
     )
 
 
-def bands(picture: Picture, columns: NDArray[np.intp]) -> list[str]:
-    """Per column, what lies between nose and chin from top to bottom: s(kin), l(ip), i(nside of the mouth);
-    less than three pixels of a kind do not count."""
+def kinds(picture: Picture, columns: NDArray[np.intp]) -> NDArray[np.str_]:
+    """What each pixel between nose and chin shows: s(kin), l(ip), t(eeth), o for tongue, d(ark)."""
     pixels = picture[270:400, columns].astype(int)
     red, redness = pixels[..., 0], pixels[..., 0] - pixels[..., 1]
-    kinds = np.where(redness > 85, "l", np.where((red > 170) & (redness > 30), "s", "i"))
-    return ["".join(key for key, run in groupby(column) if len(list(run)) >= 3) for column in kinds.T]
+    choices = (redness > 85, (red > 170) & (redness > 30), pixels.min(axis=2) > 120, redness > 30)
+    return np.select(choices, ("l", "s", "t", "o"), "d")
+
+
+def bands(picture: Picture, columns: NDArray[np.intp]) -> list[str]:
+    """Per column, what lies between the uppermost and the lowest lip, these included, from top to bottom;
+    less than three pixels of a kind do not count."""
+    found = []
+    for column in kinds(picture, columns).T:
+        shown = "".join(kind for kind, run in groupby(column) if len(list(run)) >= 3)
+        found.append(shown[shown.index("l") : shown.rindex("l") + 1])
+    return found
 
 
 @drawn_faces
@@ -130,3 +138,31 @@ def test_outlines_follow_the_opening_to_its_ends(name: str) -> None:
         face.edges(across), (contours.upper_lip_inner, contours.lower_lip_inner), strict=True
     ):
         assert np.abs(np.interp(x, *curve.T) - truth).max() < 5
+
+
+@drawn_faces
+def test_a_silent_mouth_hides_what_the_picture_shows_inside(name: str) -> None:
+    face = FACES[name]
+    still_open = []
+    for column in kinds(spoken(name, 0), face.columns(0.9)).T:
+        lips = np.flatnonzero(column == "l")
+        still_open.append(np.sum(column[lips[0] : lips[-1]] != "l"))
+    assert np.mean(still_open) < (0.08 if face.yaw else 0.03) * face.opening
+
+
+@drawn_faces
+@pytest.mark.parametrize("mouth_open", [0.5, 0.75, 1.0])
+def test_a_speaking_mouth_has_two_lips_and_one_row_of_teeth(name: str, mouth_open: float) -> None:
+    for band in bands(spoken(name, mouth_open), FACES[name].columns(0.75)):
+        assert band.count("l") == 2
+        assert band.count("t") <= 1
+        assert band.count("o") <= 1
+
+
+@pytest.mark.parametrize("yaw", [-45, 0, 45])
+def test_a_dark_line_between_closed_lips_is_no_opening(yaw: float) -> None:
+    closed = DrawnFace(yaw, 0, 0.9, 0)
+    contours = contours_from_points(closed.picture(), closed.face())
+    np.testing.assert_array_equal(contours.upper_lip_inner, contours.lower_lip_inner)
+    x = closed.x(np.linspace(-0.9, 0.9, 19))
+    np.testing.assert_allclose(np.interp(x, *contours.upper_lip_inner.T), MOUTH_Y, atol=1)

@@ -17,6 +17,7 @@ Plane = NDArray[np.float32]
 
 WIDEST_GAP = 1.1  # height units; deeper valleys are not seen as one
 LEAST_GAP = 0.1  # height of a gap in its middle
+LINE_HEIGHT, LINE_LIGHTNESS = 0.14, 0.65  # up to which a dark gap, in parts of the skin's lightness, is a line
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 HOLE = 0.3  # half mouth widths without evidence that do not end a gap: gums before a dark corner
 BLUNTNESS = 0.6  # of a gap's ends: 1 an arc of a circle, less for rounder corners
@@ -100,6 +101,8 @@ def find_gap(strip: Strip) -> Gap | None:
         return None
     if np.median(size[centre]) < LEAST_GAP or mean[middle].mean() < 0.4:
         return None
+    if np.median(size[centre]) < LINE_HEIGHT and is_dark(strip, (upper + lower)[centre] // 2, centre):
+        return None
     if is_ragged(strip.across[seen & middle], rows[:, seen & middle].mean(axis=0)):
         return None
     seen &= ~is_flaring(strip.across, size)
@@ -109,6 +112,12 @@ def find_gap(strip: Strip) -> Gap | None:
     for end, step in ((first, -1), (last, 1)):
         seen |= follow_dark_corner(strip, edges, end, step)
     return fitted_gap(strip.across[seen], strip.height[0] + edges[:, seen] / strip.half)
+
+
+def is_dark(strip: Strip, rows: NDArray[np.intp], columns: NDArray[np.bool_]) -> bool:
+    """Whether the line between closed lips, and not teeth, is what a narrow gap shows."""
+    lightness = strip.lightness[rows, np.flatnonzero(columns)]
+    return bool(np.median(lightness) < LINE_LIGHTNESS * rim_median(strip, strip.lightness))
 
 
 def is_ragged(across: Floats, line: Floats) -> bool:

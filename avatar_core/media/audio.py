@@ -35,6 +35,7 @@ MAX_CHANNELS = 8
 
 _CODECS = ("flac", "alac", "mp3", "aac", "vorbis", "opus")
 _PCM = ("pcm_", "adpcm_")
+_TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICS")
 _EXACT = ("wav", "flac")
 _EDITED = ("mp4", "mov")  # their edit list puts padding before time 0
 _EXACT_TOLERANCE_S = 0.01
@@ -217,14 +218,15 @@ def _resampled(path: str | Path, sample_rate: int, channels: int) -> Iterator[Sa
 
 
 def _frames(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame | None]:
-    """A packet that cannot be decoded is an error, except at the very end, where tags may be; the None
-    after the last frame flushes."""
+    """A packet that cannot be decoded is an error, except at the very end, where tags may be, and between
+    MP3 that were joined, where they are too; the None after the last frame flushes."""
     broken: Exception | None = None
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:
-            broken = error
+            if not bytes(packet).startswith(_TAGS):
+                broken = error
             continue
         if frames and broken:
             raise InputError(f"is broken just before {frames[0].time or 0:.2f} s; make it again") from broken

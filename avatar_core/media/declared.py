@@ -16,7 +16,7 @@ TOLERANCE_S = 0.1
 
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # of a WAV that was written to a pipe
 _PAGE = struct.Struct("<4sBBqIIIB")  # of Ogg
-_MPEG_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+_MPEG_VERSIONS = (3, 2, 0)  # as a frame codes 1, 2 and 2.5
 _MP3_HEAD_BYTES = 4096  # more than the first frame
 _SEGMENT, _INFO, _CLUSTER, _DURATION, _SCALE = 0x18538067, 0x1549A966, 0x1F43B675, 0x4489, 0x2AD7B1
 _MAX_ELEMENTS = 10_000
@@ -70,7 +70,7 @@ def _is_mpeg_frame(head: bytes) -> bool:
     """Of layer III, with a known bit rate and sample rate."""
     version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
     known = 0 < head[2] >> 4 < 15 and head[2] >> 2 & 3 < 3
-    return head[0] == 0xFF and head[1] >= 0xE0 and version in _MPEG_RATES and layer == 1 and known
+    return head[0] == 0xFF and head[1] >= 0xE0 and version in _MPEG_VERSIONS and layer == 1 and known
 
 
 def check_ogg(path: str | Path) -> None:

@@ -155,16 +155,17 @@ def as_vbri(content: bytes) -> bytes:
         (lambda mp3: mp3 + ID3V1, 4.0),
         (lambda mp3: mp3 + APE + ID3V1, 4.0),
         (lambda mp3: mp3 + mp3, 8.0),
-        (lambda mp3: mp3[: len(mp3) // 2] + mp3, 6.0),
+        (lambda mp3: mp3 + ID3V1 + mp3 + APE, 8.0),
         (lambda mp3: declaring(mp3, -40), 4.0),
         (as_vbri, 4.0),
     ],
-    ids=["id3", "cover", "two", "id3v1", "ape", "joined", "joined after a cut", "fewer", "vbri"],
+    ids=["id3", "cover", "two", "id3v1", "ape", "joined", "joined with tags", "fewer", "vbri"],
 )
 def test_mp3_that_are_whole(tmp_path: Path, change: Callable[[bytes], bytes], duration_s: float) -> None:
     content = write(tmp_path / "a", "libmp3lame", "mp3", 44_100).read_bytes()
     (tmp_path / "a").write_bytes(change(content))
     assert probe_audio(tmp_path / "a").duration_s == pytest.approx(duration_s, abs=0.1)
+    assert len(load_mono(tmp_path / "a", 16_000)) / 16_000 == pytest.approx(duration_s, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from flows.overrides import (
 
 __all__ = ["compose_config", "is_override", "quoted"]
 
-_files: ContextVar[OptionFiles | None] = ContextVar("files", default=None)
+_in_use: ContextVar[OptionFiles | None] = ContextVar("in_use", default=None)
 
 
 def compose_config(
@@ -70,7 +70,7 @@ class _Source(ConfigSource):
 
     @property
     def _files(self) -> OptionFiles:
-        files = _files.get()
+        files = _in_use.get()
         assert files is not None
         return files
 
@@ -106,7 +106,7 @@ class _SourceFirst(SearchPathPlugin):
     """Before Hydra's own reading of `conf/`; other users of Hydra in this process are left alone."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if _files.get():
+        if _in_use.get():
             search_path.prepend("avatar", "avatar://conf", anchor="main")
 
 
@@ -126,7 +126,7 @@ def _composed(files: OptionFiles, words: Sequence[Override]) -> DictConfig:
     hydra_words = [
         f"~{group}" if name is None else f"{group}={_hydra(name)}" for group, name in chosen.items()
     ]
-    reading = _files.set(files)
+    reading = _in_use.set(files)
     try:
         with initialize_config_dir(str(resource("conf")), version_base="1.3"):
             config = compose(PRIMARY, hydra_words)
@@ -139,7 +139,7 @@ def _composed(files: OptionFiles, words: Sequence[Override]) -> DictConfig:
         read = ", ".join(files.read_so_far) or "the configuration"
         raise ConfigError(f"{read}: cannot be put together ({_first_line(error)})") from None
     finally:
-        _files.reset(reading)
+        _in_use.reset(reading)
     OmegaConf.set_struct(config, False)
     return config
 

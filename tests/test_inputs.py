@@ -79,8 +79,8 @@ CELLS: dict[str, tuple[Cells, str]] = {
         "unknown option `mouth_gian` for backend preview; a row may set: blinks, head_motion, mouth_gain; "
         "did you mean `mouth_gain`?",
     ),
-    "params_range": ({"params": '{"mouth_gain": 9}'}, "less than or equal to 1.5"),
-    "params_kind": ({"params": '{"mouth_gain": "loud"}'}, "valid number"),
+    "params_range": ({"params": '{"mouth_gain": 9}'}, "give a number from 0 to 1.5 (got 9)"),
+    "params_kind": ({"params": '{"mouth_gain": "loud"}'}, "give a number from 0 to 1.5 (got 'loud')"),
     "params_not_for_rows": ({"params": '{"landmarks": "mesh"}'}, "unknown option `landmarks`"),
     "audio_type_unknown": ({"audio_type": "both"}, "allowed: para (at once), add (one after the other)"),
     "audio_type_alone": ({"audio_type": "add"}, "'audio_2' is empty"),

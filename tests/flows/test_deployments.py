@@ -238,6 +238,34 @@ def test_a_run_with_bad_rows_ends_without_a_traceback(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_run_finds_batch_files_in_the_folder_that_its_worker_names(
+    prefect_server: PrefectServer,
+    deployments: dict[str, Any],
+    rendered: Rendered,
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own/batch").mkdir(parents=True)
+    settings = f"table: {rendered.table}\nname: night\nlimit: 1\nstorage: {{root: {store}}}\n"
+    (tmp_path / "own/batch/night.yaml").write_text(settings)
+    parameters = {"table": None, "overrides": ["batch=night"]}
+    deployment = deployments["on-demand"]["id"]
+    wanted = {"parameters": parameters, "state": {"type": "PENDING"}}  # no worker takes it
+    run = prefect_server.post(f"deployments/{deployment}/create_flow_run", wanted)
+    own = {"PREFECT__FLOW_RUN_ID": run["id"], "AVATAR_CONFIG_DIR": str(tmp_path / "own")}
+    done = subprocess.run(
+        [str(BIN / "avatar"), "execute"],
+        env={**prefect_server.environment, **own},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    state = prefect_server.get(f"flow_runs/{run['id']}")["state_type"]
+    assert state == "COMPLETED", done.stdout + done.stderr
+    assert len(list(store.glob("datasets/night/videos/*.mp4"))) == 1
+
+
 def test_a_run_with_another_flows_than_its_worker(tmp_path: Path) -> None:
     """As where a deployment's job variables bring another copy of the project onto the path."""
     for package in ("flows", "avatar_core"):

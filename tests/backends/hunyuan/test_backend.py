@@ -97,8 +97,8 @@ def test_a_machine_without_a_gpu_is_told_before_any_work(
         ),
         ({"audio": {"mode": "parity"}}, "backend.audio.mode=parity: set backend.mode for all stages"),
         ({"denoise": {"steps": 3}}, "unknown option `backend.denoise.steps`"),
-        ({"denoise": {"num_inference_steps": 0}}, "greater than or equal to 1 (got 0)"),
-        ({"image_size": 32}, "greater than or equal to 64 (got 32)"),
+        ({"denoise": {"num_inference_steps": 0}}, "from 1 to 1000 (got 0)"),
+        ({"image_size": 32}, "from 64 to 1280 (got 32)"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

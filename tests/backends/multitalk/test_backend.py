@@ -72,7 +72,7 @@ def test_an_installation_as_its_authors_describe_it_is_found(home: Path) -> None
         ),
         ({"audio": {"mode": "parity"}}, "backend.audio.mode=parity: set backend.mode for all stages"),
         ({"denoise": {"steps": 3}}, "unknown option `backend.denoise.steps`"),
-        ({"denoise": {"num_inference_steps": 0}}, "greater than or equal to 1 (got 0)"),
+        ({"denoise": {"num_inference_steps": 0}}, "from 1 to 1000 (got 0)"),
         ({"denoise": {"window_frames": 80}}, "window_frames=80: give a multiple of four and one"),
         ({"denoise": {"motion_frames": 81}}, "motion_frames=81 must be fewer than window_frames=81"),
         (

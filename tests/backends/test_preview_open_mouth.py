@@ -1,5 +1,5 @@
-"""Portraits drawn with an open mouth of known geometry, seen from the front and turned, must not grow a second
-mouth when they speak."""
+"""Portraits drawn with an open mouth of known geometry, from the front and turned, grow no second mouth when
+they speak."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -74,7 +74,9 @@ class DrawnFace:
             self._fill(picture, inside, upper, upper + self.teeth * (lower - upper), TEETH)
         return np.asarray(cv2.GaussianBlur(picture, (0, 0), 0.8), np.uint8)
 
-    def _fill(self, picture: Picture, across: Floats, top: Floats, bottom: Floats, colour: tuple[int, ...]) -> None:
+    def _fill(
+        self, picture: Picture, across: Floats, top: Floats, bottom: Floats, colour: tuple[int, ...]
+    ) -> None:
         x = self.x(across)
         outline = np.concatenate(
             [np.column_stack([x, top + 0 * x]), np.column_stack([x, bottom + 0 * x])[::-1]]

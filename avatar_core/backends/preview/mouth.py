@@ -110,7 +110,10 @@ class Mouth:
             colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
         else:
             lower_map = np.ascontiguousarray(layers.lower_map[opening])
-            own_lower, own_upper = warp_values(self._on_lower, lower_map), warp_values(self._on_upper, lip_map)
+            own_lower, own_upper = (
+                warp_values(self._on_lower, lower_map),
+                warp_values(self._on_upper, lip_map),
+            )
             deep = smoothstep(np.minimum(depth - own_upper, height - own_lower), 0, DEPTH)[..., None]
             colours = self._own.depth * (1 - deep) + self._own.deep * deep
             on_lower = self._reaches(own_lower, height)

@@ -59,7 +59,7 @@ class Lips:
         return np.maximum(self.lower_at(u) - self.upper_at(u) - (TEETH_MARGIN if self.gap else 0), 0)
 
     def gap_profile_at(self, u: FloatArray) -> FloatArray:
-        """The opening's height relative to its middle, its ends softened: lips shear where it ends bluntly."""
+        """Height of the opening relative to its middle, softened at the ends, where lips would shear."""
         profile = _smoothed(self.lower - self.upper, _SOFT_ENDS) / max(self.gap, 1e-3)
         return np.interp(u, _TABLE_U, profile).astype(np.float32)
 

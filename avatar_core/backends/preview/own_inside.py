@@ -14,7 +14,9 @@ from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture
 
 ACROSS = np.linspace(-0.85, 0.85, 48)  # columns looked at, in half mouth widths
 DOWN = np.linspace(0.04, 0.96, 32)  # rows looked at, in shares of the opening's height
-UPPER_JAW = 0.3  # share of the height that hangs on the upper jaw at least: the shadow under the lip is dark too
+UPPER_JAW = (
+    0.3  # share of the height that hangs on the upper jaw at least: the shadow under the lip is dark too
+)
 DARK = 0.45  # of the skin's luminance: darker is the depth of the mouth, brighter a gap between teeth
 CONTRAST = 4.0  # cost of a row as bright as skin, against steps of the path
 

@@ -71,6 +71,7 @@ def addresses(module):
     return {parameter.data_ptr() for parameter in module.parameters()}
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("name", OFFLOADING)
 @pytest.mark.parametrize("num_frames", [129, 160], ids=["one window", "two windows"])
 def test_a_clip_does_not_depend_on_where_its_blocks_wait(name, num_frames):
@@ -182,6 +183,7 @@ def test_a_kernel_with_wrong_results_is_not_used(monkeypatch):
     assert "wrong by" in kernel_problem("native", "cpu", torch.bfloat16, 32)
 
 
+@pytest.mark.drill
 def test_blocks_are_captured_whole():
     """A break in the graph, at the mask or where the kernel is chosen, would cost the fusion."""
     transformer = make_transformer().bfloat16()

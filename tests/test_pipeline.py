@@ -476,6 +476,7 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 # --- object storage
 
 
+@pytest.mark.drill
 def test_a_batch_on_s3_renders_and_is_not_rendered_again(
     inputs: Path, s3_root: str, s3_options: dict[str, Any], tmp_path: Path
 ) -> None:

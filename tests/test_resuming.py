@@ -101,6 +101,7 @@ def test_a_damaged_video_that_must_be_published_is_rendered_again(rendered: Rend
 # --- stopping
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("items", [3, 9, 14])
 def test_a_cancelled_run_keeps_what_is_finished(rendered: Rendered, tmp_path: Path, items: int) -> None:
     config = {"table": str(rendered.table), "storage": {"root": str(tmp_path)}}
@@ -121,6 +122,7 @@ def takes(rendered: Rendered, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return videos(render_table(rendered.table, store, takes=3).dataset)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("stage", "item"), [("ingest", 2), ("denoise", 1), ("decode", 5)])
 def test_a_killed_run_is_finished_by_the_same_command(
     rendered: Rendered, takes: dict[str, bytes], tmp_path: Path, stage: str, item: int

@@ -99,6 +99,7 @@ def test_a_text_is_said_once_for_all_rows(weights: Path, folder: Path, tmp_path:
     assert again.counts == {}
 
 
+@pytest.mark.drill
 def test_two_voices_take_turns(weights: Path, folder: Path, tmp_path: Path) -> None:
     watcher = Watcher()
     result = spoken(folder, tmp_path, [two()], watcher)
@@ -116,6 +117,7 @@ def test_two_voices_take_turns(weights: Path, folder: Path, tmp_path: Path) -> N
     assert np.sqrt((heard**2).mean()) == pytest.approx(np.sqrt((both**2).mean()), rel=0.2)
 
 
+@pytest.mark.drill
 def test_the_documents_form_is_the_tables(weights: Path, folder: Path, tmp_path: Path) -> None:
     document = {
         "cond_image": "two.jpg",
@@ -133,6 +135,7 @@ def test_the_documents_form_is_the_tables(weights: Path, folder: Path, tmp_path:
     assert same.metadata["sha256"].tolist() == result.metadata["sha256"].tolist()
 
 
+@pytest.mark.drill
 def test_the_same_text_sounds_the_same_in_another_store(weights: Path, folder: Path, tmp_path: Path) -> None:
     watchers = [Watcher(), Watcher()]
     for number, watcher in enumerate(watchers):
@@ -141,6 +144,7 @@ def test_the_same_text_sounds_the_same_in_another_store(weights: Path, folder: P
     assert first == second
 
 
+@pytest.mark.drill
 def test_another_voice_file_is_another_recording(
     weights: Path, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -156,6 +160,7 @@ def test_another_voice_file_is_another_recording(
     assert watcher.counts["decode"] == 1
 
 
+@pytest.mark.drill
 def test_a_damaged_recording_is_said_again(weights: Path, folder: Path, tmp_path: Path) -> None:
     first = spoken(folder, tmp_path, [one()])
     (recording,) = (tmp_path / "assets").rglob("*.wav")
@@ -191,6 +196,7 @@ def test_a_bad_text_fails_its_row(weights: Path, folder: Path, tmp_path: Path) -
     assert errors["short"].endswith("allowed are 0.3 s or more")
 
 
+@pytest.mark.drill
 def test_two_voices_need_a_backend_for_two(weights: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(BACKENDS, "alone", f"{__name__}:Alone")

@@ -220,6 +220,7 @@ def index_reachable() -> bool:
     return subprocess.run([*ask, *brief], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.drill
 @pytest.mark.network
 def test_face_mesh_comes_from_the_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not index_reachable():

@@ -75,6 +75,7 @@ def task_run_states(server: PrefectServer, run_id: str) -> list[str]:
     return [run["state_type"] for run in found]
 
 
+@pytest.mark.drill
 def test_a_killed_run_crashes_and_a_live_one_stays(
     prefect_server: PrefectServer, start_run: StartRun, state: Path
 ) -> None:

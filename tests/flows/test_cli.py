@@ -137,6 +137,7 @@ def test_output_that_is_no_terminal_is_plain_lines(
     assert "ingest: 0 to do, 4 of 4 cached\n" in output
 
 
+@pytest.mark.drill
 def test_options_choose_rows_and_takes(avatar: RunAvatar, rendered: Rendered, store: Path) -> None:
     words = ("render", rendered.table, f"storage.root={store}")
     assert "2 of 2 clips" in avatar(*words, "--limit", 2)[1]
@@ -159,6 +160,7 @@ def test_one_picture_and_one_recording(
     assert list(videos(tmp_path / "store/datasets/portrait-hello")) == ["portrait-hello.mp4"]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["it's [1], {a}=b.jpg", "a ${b} c.jpg", 'ü "q" \\ x.jpg', "fps=30.jpg"])
 def test_files_on_the_command_line_may_be_called_anything(
     avatar: RunAvatar, inputs: Path, store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +172,7 @@ def test_files_on_the_command_line_may_be_called_anything(
     assert "1 of 1 clips" in output
 
 
+@pytest.mark.drill
 def test_rows_that_fail_are_the_exit_code(avatar: RunAvatar, inputs: Path, tmp_path: Path) -> None:
     rows = [
         {"name": "good", "image": "portrait.jpg", "audio": "hello.wav"},
@@ -184,6 +187,7 @@ def test_rows_that_fail_are_the_exit_code(avatar: RunAvatar, inputs: Path, tmp_p
     assert avatar("render", *words, "max_failed_fraction=0.4")[0] == 1
 
 
+@pytest.mark.drill
 def test_a_recorded_max_failed_fraction_holds_for_rerun(
     avatar: RunAvatar, inputs: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +198,7 @@ def test_a_recorded_max_failed_fraction_holds_for_rerun(
     assert avatar("rerun", "allowed", root)[0] == 0
 
 
+@pytest.mark.drill
 def test_a_failed_pair_writes_no_output(avatar: RunAvatar, inputs: Path, tmp_path: Path) -> None:
     pair = (inputs / "landscape.png", inputs / "hello.wav")
     code, _ = avatar("render", *pair, "-o", tmp_path / "out.mp4", f"storage.root={tmp_path / 'store'}")
@@ -258,6 +263,7 @@ def test_a_misspelt_command_shows_its_usage(avatar: RunAvatar, words: list[str],
     assert wrong in output
 
 
+@pytest.mark.drill
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(rendered: Rendered, tmp_path: Path) -> None:
     store = tmp_path / "store"
     command = [sys.executable, "-m", "flows.cli", "render", str(rendered.table), f"storage.root={store}"]
@@ -364,6 +370,7 @@ def test_a_pair_may_take_its_options_from_a_batch_file(
 # --- rerun
 
 
+@pytest.mark.drill
 def test_rerun_of_a_stage(avatar: RunAvatar, rendered: Rendered, store: Path) -> None:
     code, output = avatar("rerun", "batch", "--stage", "denoise", f"storage.root={store}")
     assert code == 0
@@ -376,6 +383,7 @@ def test_rerun_of_a_stage(avatar: RunAvatar, rendered: Rendered, store: Path) ->
     assert "did you mean `denoise`?" in output
 
 
+@pytest.mark.drill
 def test_rerun_of_failed_rows(avatar: RunAvatar, inputs: Path, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "late.png")
     content = picture.read_bytes()
@@ -400,6 +408,7 @@ def test_rerun_refuses_what_it_would_ignore(avatar: RunAvatar, rendered: Rendere
 # --- credentials
 
 
+@pytest.mark.drill
 def test_credentials_are_shown_and_recorded_nowhere(
     avatar: RunAvatar,
     inputs: Path,

@@ -136,6 +136,7 @@ def test_items_wait_for_what_they_consume(rendered: Rendered, tmp_path: Path) ->
     assert work.work.tolist() == [specs[key].work for key in keys]
 
 
+@pytest.mark.drill
 def test_gpu_stages_go_to_gpu_queues(threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path) -> None:
     batch = opened(rendered, tmp_path, runtime={"gpus": [0, 1], "pretend": True})
     batch.stages["denoise"].queue = "gpu"
@@ -343,6 +344,7 @@ def queue() -> Iterator[LocalQueues]:
         yield local
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_a_killed_queue_is_replaced(
     threads: ThreadPoolExecutor, queue: LocalQueues, long_table: Path, tmp_path: Path, stage: str
@@ -355,6 +357,7 @@ def test_a_killed_queue_is_replaced(
     assert queue["cpu-0"].pid not in watcher.pids
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("number", "times", "reason"),
     [(signal.SIGKILL, 3, "ended by signal 9"), (signal.SIGSTOP, 1, "said nothing for 8 s")],

@@ -115,6 +115,7 @@ def ended_run(server: PrefectServer, deployment: str) -> dict[str, Any]:
 # --- our own file
 
 
+@pytest.mark.drill
 def test_all_are_registered(deployments: dict[str, Any]) -> None:
     assert {"nightly", "on-demand", "rerun-failures"} <= deployments.keys()
     for name in ("nightly", "on-demand", "rerun-failures"):
@@ -126,6 +127,7 @@ def test_all_are_registered(deployments: dict[str, Any]) -> None:
         assert found["pull_steps"] == steps
 
 
+@pytest.mark.drill
 def test_schedules_wait_for_a_table(deployments: dict[str, Any]) -> None:
     for name in ("nightly", "rerun-failures"):
         assert deployments[name]["parameters"]["table"] is None
@@ -139,12 +141,14 @@ def test_schedules_wait_for_a_table(deployments: dict[str, Any]) -> None:
     assert deployments["rerun-failures"]["parameters"]["overrides"] == ["retry_failed=true"]
 
 
+@pytest.mark.drill
 def test_on_demand_renders_the_samples(deployments: dict[str, Any]) -> None:
     found = deployments["on-demand"]
     assert found["schedules"] == []
     assert (ROOT / found["parameters"]["table"]).exists()
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("package", ["flows", "tasks", "avatar_core"])
 def test_a_folder_with_packages_named_as_ours_is_refused(
     prefect_server: PrefectServer, tmp_path: Path, package: str
@@ -164,6 +168,7 @@ def test_a_folder_with_packages_named_as_ours_is_refused(
 # --- the worker
 
 
+@pytest.mark.drill
 def test_a_schedule_fires(
     prefect_server: PrefectServer, folder: Path, worker: subprocess.Popen[bytes], rendered: Rendered
 ) -> None:
@@ -177,6 +182,7 @@ def test_a_schedule_fires(
     assert metadata["status"].tolist() == ["ok"]
 
 
+@pytest.mark.drill
 def test_a_worker_that_is_stopped_lets_its_run_stop(
     prefect_server: PrefectServer, folder: Path, worker: subprocess.Popen[bytes], rendered: Rendered
 ) -> None:
@@ -216,6 +222,7 @@ def test_execute_is_for_workers(avatar: RunAvatar, monkeypatch: pytest.MonkeyPat
     assert "execute" not in avatar("--help")[1]
 
 
+@pytest.mark.drill
 def test_a_run_with_bad_rows_ends_without_a_traceback(
     prefect_server: PrefectServer, deployments: dict[str, Any], inputs: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from tests.processes import descendants, kill_tree, until
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
 from tests.watch import Call, Watch
 
-pytestmark = [pytest.mark.drill, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 AVATAR = [sys.executable, "-c", "import tests.flows.windowed_backend; from flows.cli import main; main()"]
@@ -169,6 +169,7 @@ def expect_completed(runs: Runs, unbroken: Runs) -> None:
     assert verify_run(Storage(str(runs.store)), "batch").problems == ()
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("stage", ITEMS)
 def test_a_run_killed_at_any_item_goes_on_where_it_was(runs: Runs, unbroken: Runs, stage: str) -> None:
     items = ITEMS[stage]
@@ -182,12 +183,14 @@ def with_temporary_server(runs: Runs) -> Runs:
     return replace(runs, base=base)
 
 
+@pytest.mark.drill
 def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
     runs = with_temporary_server(runs)
     kill_and_go_on(runs, [("denoise", 3), ("decode", 7)])
     expect_completed(runs, unbroken)
 
 
+@pytest.mark.drill
 def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -> None:
     """With Prefect's own settings, which let it try for minutes to tell a dead server of each task run."""
     runs = with_temporary_server(runs)
@@ -218,6 +221,7 @@ def has_flow_run(server: int) -> bool:
     return answers(api) and bool(httpx.post(f"{api}/flow_runs/filter", json={}, timeout=PATIENCE_S).json())
 
 
+@pytest.mark.drill
 def test_a_clip_killed_in_its_second_window_goes_on_there(
     tmp_path: Path, table: Path, environment: dict[str, str]
 ) -> None:
@@ -244,6 +248,7 @@ def test_a_clip_killed_in_its_second_window_goes_on_there(
 # --- two runs at once
 
 
+@pytest.mark.drill
 def test_two_runs_at_once_both_complete_and_share_the_work(runs: Runs, unbroken: Runs) -> None:
     runs.watch.hold_at("ingest")
     both = [runs.start(), runs.start()]
@@ -257,6 +262,7 @@ def test_two_runs_at_once_both_complete_and_share_the_work(runs: Runs, unbroken:
     assert verify_run(Storage(str(runs.store)), "batch").problems == ()
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("stage", "item"), [("ingest", 5), ("denoise", 3)])
 def test_a_run_goes_on_when_another_is_killed(runs: Runs, unbroken: Runs, stage: str, item: int) -> None:
     runs.watch.hold_at(stage, item)
@@ -307,6 +313,7 @@ def expect_no_space(runs: Runs) -> str:
     return output
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("part", [0.1, 0.5])
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
     runs: Runs, unbroken: Runs, small_disk: Path, part: float
@@ -321,6 +328,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
     expect_completed(runs, unbroken)
 
 
+@pytest.mark.drill
 def test_a_disk_that_is_full_when_the_dataset_is_published_costs_no_video(
     runs: Runs, unbroken: Runs, small_disk: Path
 ) -> None:
@@ -353,6 +361,7 @@ def damaged(runs: Runs, unbroken: Runs) -> Runs:
     return runs
 
 
+@pytest.mark.drill
 def test_damaged_manifests_and_catalog_files_are_not_served(damaged: Runs, unbroken: Runs) -> None:
     expect_completed(damaged, unbroken)
     assert by_stage(damaged.calls()) == {stage: ITEMS[stage] for stage in ("audio", "denoise", "decode")}

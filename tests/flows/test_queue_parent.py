@@ -53,6 +53,7 @@ def test_children_end_with_a_killed_parent(tmp_path: Path, act: str) -> None:
     until(lambda: not any(map(exists, children)))
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("thread", ["main", "other"])
 def test_an_interrupted_parent_ends_its_children(tmp_path: Path, thread: str) -> None:
     parent, children = start_parent(tmp_path, "sleep_for_ever", thread)

@@ -286,6 +286,7 @@ def test_a_job_that_cannot_be_set_up_is_an_error_of_the_job(queue: LocalQueue, t
 # --- children that are lost
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
@@ -373,6 +374,7 @@ def test_an_item_that_reports_may_take_longer_than_the_limit(queue: LocalQueue, 
     assert (result.hung, result.error) == (False, None)
 
 
+@pytest.mark.drill
 def test_an_error_of_the_listener_leaves_a_usable_queue(queue: LocalQueue, tmp_path: Path) -> None:
     def fail(row: Mapping[str, Any]) -> None:
         raise OSError("nobody listens")

@@ -145,6 +145,7 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
     assert (rows["decode"]["items"], rows["decode"]["cached"], rows["decode"]["done"]) == (4, 0, 4)
 
 
+@pytest.mark.drill
 def test_reused_work_is_one_cached_task_per_stage(
     flow: Callable[..., Any], prefect_server: PrefectServer, rendered: Rendered, store: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_reused_work_is_one_cached_task_per_stage(
     assert {run["name"].split()[0] for run in runs if run["state_name"] != "Cached"} == {"decode"}
 
 
+@pytest.mark.drill
 def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     flow: Callable[..., Any], prefect_server: PrefectServer, inputs: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert len(attempts(root, "decode")) == len(before) + 1
 
 
+@pytest.mark.drill
 def test_a_recorded_run_is_rendered_as_it_was(
     flow: Callable[..., Any], rendered: Rendered, store: Path
 ) -> None:
@@ -227,6 +230,7 @@ def test_a_batch_file_of_ones_own(
     assert len(videos(store / "datasets/night")) == 2
 
 
+@pytest.mark.drill
 def test_a_failure_within_what_is_allowed_completes(
     flow: Callable[..., Any], inputs: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +242,7 @@ def test_a_failure_within_what_is_allowed_completes(
     assert state.is_completed(), state
 
 
+@pytest.mark.drill
 def test_cancelling_through_the_server_stops_at_the_next_item(
     flow: Callable[..., Any],
     prefect_server: PrefectServer,
@@ -295,6 +300,7 @@ def avatar(environment: dict[str, str], *words: object) -> subprocess.Popen[str]
     )
 
 
+@pytest.mark.drill
 def test_the_command_appears_on_the_server(
     prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
 ) -> None:
@@ -313,6 +319,7 @@ def test_the_command_appears_on_the_server(
     }
 
 
+@pytest.mark.drill
 def test_a_server_that_is_not_there_is_one_line(
     prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
 ) -> None:
@@ -324,6 +331,7 @@ def test_a_server_that_is_not_there_is_one_line(
     assert "Traceback" not in output
 
 
+@pytest.mark.drill
 def test_nothing_to_do_does_without_prefect(
     prefect_server: PrefectServer, rendered: Rendered, store: Path
 ) -> None:
@@ -338,6 +346,7 @@ def test_nothing_to_do_does_without_prefect(
     assert "4 of 4 clips" in done.stdout
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
     prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path, number: signal.Signals
@@ -367,6 +376,7 @@ def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
     assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)
 
 
+@pytest.mark.drill
 def test_a_batch_is_done_without_prefect_where_its_temporary_server_does_not_start(
     prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def wait_for(line: str, process: subprocess.Popen[str]) -> str:
 # --- up and down
 
 
+@pytest.mark.drill
 def test_up_and_down(state: Path) -> None:
     """Two at once start one server, which outlives both, has its pages and settings, and goes as a whole."""
     port = free_port()
@@ -132,6 +133,7 @@ def test_up_elsewhere_while_one_runs(avatar: RunAvatar, shared_state: PrefectSer
     assert f"runs already, at {shared_state.address}; stop it first with `avatar down`" in output
 
 
+@pytest.mark.drill
 def test_a_server_that_cannot_start_says_why(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = "sqlite+aiosqlite:////proc/nowhere/prefect.db"
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", database)
@@ -284,6 +286,7 @@ def test_status_of_one_run(avatar: RunAvatar, state: Path, rendered: Rendered) -
     assert "flow run" not in output
 
 
+@pytest.mark.drill
 def test_status_shows_the_flow_run(shared_state: PrefectServer, rendered: Rendered) -> None:
     flow = shared_state.post("flows/", {"name": "render-dataset"})
     body = {"flow_id": flow["id"], "name": rendered.result.run_id, "state": {"type": "RUNNING"}}
@@ -294,6 +297,7 @@ def test_status_shows_the_flow_run(shared_state: PrefectServer, rendered: Render
     assert f"flow run: Running, {page}\n" in done.stdout
 
 
+@pytest.mark.drill
 def test_status_finds_a_run_whose_process_is_gone(shared_state: PrefectServer, rendered: Rendered) -> None:
     flow = shared_state.post("flows/", {"name": "render-dataset"})
     body = {"flow_id": flow["id"], "name": rendered.result.run_id, "state": {"type": "PENDING"}}

@@ -229,6 +229,7 @@ def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
 # --- stopping
 
 
+@pytest.mark.drill
 def test_a_kill_costs_the_window_in_flight(values: Make, finished: Path, tmp_path: Path) -> None:
     watch = Watch(tmp_path / "watch")
     watch.hold_at("denoise", 2)
@@ -272,6 +273,7 @@ def stopped_after(windows: int, values: Mapping[str, Any]) -> Watcher:
 # --- attempts that differ in bits
 
 
+@pytest.mark.drill
 def test_windows_of_two_attempts_are_never_mixed(
     values: Make, finished: Path, tmp_path: Path, way: Way
 ) -> None:

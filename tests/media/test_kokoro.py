@@ -117,6 +117,7 @@ def tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("en_core_web_sm", None)
 
 
+@pytest.mark.drill
 @needs_kokoro
 def test_english_voices(weights: Path, tagger: None) -> None:
     kokoro.check_installed(["af_heart"])

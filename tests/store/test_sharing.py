@@ -225,6 +225,7 @@ def share_shards(root, begin):
     return calls, rows
 
 
+@pytest.mark.drill
 def test_two_runs_in_lockstep_do_each_item_once(store):
     spawn = multiprocessing.get_context("spawn")
     with spawn.Manager() as manager, ProcessPoolExecutor(2, spawn) as pool:

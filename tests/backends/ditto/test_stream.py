@@ -221,6 +221,7 @@ def held_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory is held")
 def test_memory_is_flat_over_ten_minutes(models: StreamModels) -> None:
     """The features alone of nine minutes would take 55 MB."""

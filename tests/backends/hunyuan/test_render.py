@@ -302,6 +302,7 @@ def latents(store: Path) -> list[bytes]:
     return [path.read_bytes() for path in data_files(store, "denoise")]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("audio", "stop", "kept"), [("hello.wav", 7, 6), ("long.wav", 9, 9)])
 def test_a_clip_stopped_between_steps_goes_on_from_there(
     tiny: Path, folder: Path, tmp_path: Path, audio: str, stop: int, kept: int
@@ -329,6 +330,7 @@ def test_a_clip_stopped_between_steps_goes_on_from_there(
     assert list((tmp_path / "cache/unfinished").iterdir()) == []
 
 
+@pytest.mark.drill
 def test_a_killed_command_denoises_no_finished_clip_again(tiny: Path, folder: Path, tmp_path: Path) -> None:
     rows = [{**BASE, "name": audio, "audio": f"{audio}.wav"} for audio in ("hello", "again")]
     table = write_table(folder / "killed.csv", rows)

@@ -299,6 +299,7 @@ class Clip:
         return np.stack(list(decode_frames(self.vae, latents, 17))).astype(float)
 
 
+@pytest.mark.drill
 def test_everything_shows_in_the_frames(checkpoint: Path) -> None:
     clip = Clip(checkpoint)
     model = load_transformer("hunyuan-tiny/transformer", "cpu", torch.float32)

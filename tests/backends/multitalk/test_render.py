@@ -185,6 +185,7 @@ def test_the_same_run_twice_gives_the_same_videos(
     assert again.items() <= videos(done[0].dataset).items()
 
 
+@pytest.mark.drill
 def test_every_memory_level_renders_the_same_clip(
     done: tuple[Result, Watcher, Path], base: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_every_memory_level_renders_the_same_clip(
 # --- weights
 
 
+@pytest.mark.drill
 def test_one_changed_tensor_changes_the_video_and_no_earlier_key(
     done: tuple[Result, Watcher, Path], own_tiny: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def num_finished_windows(store: Path) -> int:
     return len(attempts(store, "denoise")) if any(store.glob("stages/denoise/manifests/*.parquet")) else 0
 
 
+@pytest.mark.drill
 def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: Path, tmp_path: Path) -> None:
     table = write_table(folder / "killed.csv", [{**PAIR, "name": "pair"}])
     store = tmp_path / "store"
@@ -335,6 +338,7 @@ def test_a_killed_command_computes_no_finished_window_again(tiny: Path, folder: 
     assert videos(result.dataset) == videos(unbroken.dataset)
 
 
+@pytest.mark.drill
 def test_a_longer_clip_is_made_of_more_windows(tiny: Path, folder: Path, tmp_path: Path) -> None:
     """The first windows are equal whatever follows."""
     write_recording(folder / "long.wav", 0.5, 0.8)

@@ -118,6 +118,7 @@ def test_half_precision_stays_near_float32(transformer):
         assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("persons", [1, 2])
 def test_blocks_compile_whole_and_share_their_code(persons):
     torch.compiler.reset()

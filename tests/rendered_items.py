@@ -17,7 +17,7 @@ MEASURED = ("seconds", "data")
 
 FACE = {"image": "portrait.jpg", "audio": "hello.wav", "prompt": "A girl speaks.", "seed": 1}
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "preview": [FACE, {**FACE, "image": "closeup.png", "audio": "film.mp4"}],
+    "preview": [{**FACE, "audio": "long.wav"}, {**FACE, "image": "closeup.png", "audio": "film.mp4"}],
     "hunyuan": [FACE],
     "multitalk": [{**FACE, "image": "pair.jpg", "audio_2": "again.wav", "audio_type": "para"}],
     "ditto": [FACE, {"video": "film.mp4", "audio": "again.wav", "seed": 1}],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from avatar_core.media.image import load_image
 from avatar_core.media.video import Sound, VideoWriter
@@ -19,15 +20,16 @@ def folder(tmp_path: Path) -> Path:
     write_picture(tmp_path / "pair.jpg", "two_people", side=400)
     write_recording(tmp_path / "hello.wav", 0.5, 0.48)
     write_recording(tmp_path / "again.wav", 1.5, 0.4)
+    write_recording(tmp_path / "long.wav", 0.3, 1.6)
     write_film(tmp_path / "film.mp4", load_image(tmp_path / "portrait.jpg"))
     return tmp_path
 
 
-def write_film(path: Path, still: np.ndarray) -> None:
+def write_film(path: Path, still: NDArray[np.uint8]) -> None:
     """Half a second of somebody who drifts across the picture and is heard to speak."""
     still = still[: still.shape[0] // 2 * 2, : still.shape[1] // 2 * 2]
     samples, rate = speech(0.5, 0.48)
-    sound = Sound(iter([samples[:, None].astype(np.float32) / 2**15]), rate, 1)
+    sound = Sound(iter([(samples[:, None] / 2**15).astype(np.float32)]), rate, 1)
     with VideoWriter(path, still.shape[1], still.shape[0], 25, sound) as writer:
         for step in range(12):
             writer.write_frame(np.roll(still, step, axis=1))

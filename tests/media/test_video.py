@@ -115,12 +115,12 @@ def test_colours_are_tagged_and_survive(tmp_path: Path) -> None:
         assert (context.pix_fmt, *tags) == ("yuv420p", 1, 1, 1, 1)
 
 
-def stream_kind(path: Path) -> tuple[str | None, str, int]:
+def stream_kind(path: Path) -> tuple[str, str, int]:
     """Profile, pixel format and level (times ten) that are written in the file."""
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         assert len(list(container.decode(video=0))) == 3
-        return context.profile, context.pix_fmt, context.extradata[3]
+        return str(context.profile), str(context.pix_fmt), bytes(context.extradata or b"")[3]
 
 
 @pytest.mark.parametrize("preset", get_args(get_type_hints(VideoConfig)["x264_preset"]))

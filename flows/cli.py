@@ -386,6 +386,8 @@ def _prefect_server(execution: "Execution") -> Iterator[AvatarError | None]:
 def _check_server(url: str) -> None:
     from prefect.client.orchestration import get_client
 
+    from flows.prefect_client import without_login
+
     try:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
@@ -393,7 +395,8 @@ def _check_server(url: str) -> None:
         problem = error
     if problem:
         raise ConfigError(
-            f"the Prefect server at {url} does not answer ({problem}); start it, or unset PREFECT_API_URL"
+            f"the Prefect server at {without_login(url)} does not answer ({problem}); start it, or unset "
+            "PREFECT_API_URL"
         )
 
 
@@ -407,6 +410,11 @@ def _configured(
     """The configuration of `render` and `plan`, and whether it is one picture with one recording."""
     from flows.compose import compose_config, is_override, quoted
 
+    for word in words:
+        if word != word.encode(errors="replace").decode():
+            raise ConfigError(
+                f"`{word}` is not UTF-8, which tables and records are: give the file another name"
+            )
     files = [word for word in words if not is_override(word)]
     overrides = [word for word in words if is_override(word)]
     if len(files) == 1:

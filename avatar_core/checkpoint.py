@@ -121,8 +121,9 @@ def write_shards(
     """Write the state as safetensors with an index; of a mapped state, one shard at a time is in memory.
 
     Floating tensors are cast to `dtype` (None: as they are), except names that match a pattern of `keep`.
-    The folder appears when it is complete and replaces one of an earlier call.
+    The folder appears when it is complete and replaces one of an earlier call; a link stays, and leads to it.
     """
+    folder = folder.resolve()
     kept = tuple(keep)
     shards = list(_shards(state, dtype, kept, shard_bytes))
     notes = {"format": "pt", **(metadata or {})}

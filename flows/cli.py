@@ -343,6 +343,11 @@ def _configured(
     from flows.compose import compose_config, is_override
     from flows.config_files import SUFFIXES
 
+    for word in words:
+        if word != word.encode(errors="replace").decode():
+            raise ConfigError(
+                f"`{word}` is not UTF-8, which tables and records are: give the file another name"
+            )
     overrides = [word for word in words if is_override(word)]
     overrides += [f"batch={word}" for word in words if not is_override(word) and word.endswith(SUFFIXES)]
     batches = [word for word in overrides if word.startswith("batch=")]

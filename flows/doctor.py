@@ -119,7 +119,7 @@ def _disk(store: str, cache: Path) -> Iterator[Check]:
     if "://" in store:
         yield Check("disk", "store", f"{store} (space not measured)", True)
     else:
-        yield _space("store", Path(store))
+        yield _space("store", Path(store).expanduser())
     yield _space("weights and cache", cache)
 
 

@@ -52,7 +52,13 @@ def prefect_client(api_url: str | None = None) -> Iterator["SyncPrefectClient"]:
     except Exception as error:  # of httpx, of Prefect, of TLS
         reason = " ".join(str(error).split()) or type(error).__name__
         place = api_url or os.environ.get("PREFECT_API_URL") or "that the settings name"
-        raise AvatarError(f"the Prefect server {_without_login(place)} cannot be used: {reason}") from error
+        raise AvatarError(f"the Prefect server {without_login(place)} cannot be used: {reason}") from error
+
+
+def without_login(url: str) -> str:
+    """A URL as messages show it."""
+    login, separator, place = url.rpartition("@")
+    return f"{login.partition('://')[0]}://{place}" if separator else url
 
 
 def _import_quietly() -> None:
@@ -77,6 +83,8 @@ def _explained(error: Exception) -> str:
         return f"Prefect's settings cannot be read ({' '.join(str(error).split())}); look into {places}"
     problems = [
         f"{_variable(problem)}: {problem['msg']} (got {shown(problem['input'])})"
+        if problem["loc"]
+        else problem["msg"]
         for problem in error.errors()
         if problem["type"] != "default_factory_not_called"  # follows from another one
     ]
@@ -101,8 +109,3 @@ def _host(url: str | None) -> str | None:
 def _is_ours(url: str | None) -> bool:
     server = running_server()
     return server is not None and url == server.api_url
-
-
-def _without_login(url: str) -> str:
-    login, separator, place = url.rpartition("@")
-    return f"{login.partition('://')[0]}://{place}" if separator else url

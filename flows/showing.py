@@ -134,6 +134,8 @@ class _Showing(threading.Thread):
 def _check_server(url: str) -> None:
     from prefect.client.orchestration import get_client
 
+    from flows.prefect_client import without_login
+
     try:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
@@ -141,5 +143,6 @@ def _check_server(url: str) -> None:
         problem = error
     if problem:
         raise ConfigError(
-            f"the Prefect server at {url} does not answer ({problem}); start it, or unset PREFECT_API_URL"
+            f"the Prefect server at {without_login(url)} does not answer ({problem}); start it, or unset "
+            "PREFECT_API_URL"
         )

@@ -10,7 +10,7 @@ from rich.text import Text
 from avatar_core.errors import AvatarError
 from avatar_core.status import RunStatus, RunSummary
 from flows.alive import crash_lost_runs
-from flows.prefect_client import load_prefect, prefect_client
+from flows.prefect_client import load_prefect, prefect_client, without_login
 from flows.server import Server, answers, log_path, running_server, server_environment
 
 FAILURES_SHOWN = 20
@@ -26,7 +26,7 @@ def print_server(console: Console, server: Server, fresh: bool) -> None:
     ]
     other = os.environ.get("PREFECT_API_URL")
     if other and other != server.api_url:
-        lines.append(f"not used by this shell, where PREFECT_API_URL={other}")
+        lines.append(f"not used by this shell, where PREFECT_API_URL={without_login(other)}")
     for line in lines:
         _print(console, line)
 
@@ -35,7 +35,7 @@ def print_address(console: Console) -> None:
     url = os.environ.get("PREFECT_API_URL")
     server = None if url else running_server()
     if url:
-        _print(console, f"server: {url}{'' if answers(url) else ' (does not answer)'}")
+        _print(console, f"server: {without_login(url)}{'' if answers(url) else ' (does not answer)'}")
     elif server:
         _print(console, f"server: {server.address}{'' if answers(server.api_url) else ' (does not answer)'}")
     else:

@@ -62,7 +62,8 @@ def convert(name: str, dtype: str | None = None) -> Path:
 
 
 def write_config(published: Any, folder: Path) -> None:
-    """`published` as the pickle holds it; the folder replaces one of an earlier call."""
+    """`published` as the pickle holds it; the folder replaces one of an earlier call; a link to it stays."""
+    folder = folder.resolve()
     settings, arrays = converted_config(published)
     scratch = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(scratch, ignore_errors=True)

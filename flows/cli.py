@@ -387,8 +387,6 @@ def _configured(
     elif len(files) == 2:
         image, audio = map(quoted, files)
         overrides.append(f"rows=[{{image: {image}, audio: {audio}}}]")
-        if not any(word.startswith("name=") for word in overrides):
-            overrides.append(f"name={quoted('-'.join(Path(file).stem for file in files))}")
     elif files:
         raise ConfigError(
             f"give one TABLE, or one PICTURE and one RECORDING; got {len(files)} files: {files}"

@@ -1,7 +1,6 @@
 """A configuration becomes a batch: its rows, what they name or say taken into the store, and its clips."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from avatar_core.clip_names import clip_names, slug
 from avatar_core.clips import ClipBuilder, Clips, Source
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
+from avatar_core.media.cells import plain
 from avatar_core.media.documents import SILENCE
 from avatar_core.media.row_sources import Speech, speeches_of
 from avatar_core.media.source import stat_source
-from avatar_core.media.table import PATHS, TableRows, parse_rows, read_table, resolve_uri
-from avatar_core.plan import StagePlan, make_plan, shards
+from avatar_core.media.table import PATHS, TableRows, is_absent, parse_rows, read_table, resolve_uri
+from avatar_core.plan import Outlook, StagePlan, make_plan, outlook, shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, ItemSpec, Stage
@@ -50,6 +50,9 @@ class Batch:
 
     def plan(self) -> dict[str, StagePlan]:
         return make_plan(self.clips, self.results, retry_failed=self.config.retry_failed)
+
+    def outlook(self) -> Outlook:
+        return outlook(self.clips, self.results, retry_failed=self.config.retry_failed)
 
 
 def open_batch(
@@ -102,10 +105,12 @@ def open_storage(config: Config) -> Storage:
 
 
 def batch_name(config: Config) -> str:
-    """The dataset's name: `config.name`, else the stem of the table."""
+    """The dataset's name: `config.name`, else the stem of the table, or the name of a single row's clip."""
     if config.name:
         return slug(config.name)
-    return slug(Path(config.table).stem) if config.table else "clips"
+    if config.table:
+        return slug(Path(config.table).stem)
+    return clip_names(parse_rows(config.rows))[0][0] if len(config.rows) == 1 else "clips"
 
 
 def located(config: Config) -> Config:
@@ -118,8 +123,9 @@ def located(config: Config) -> Config:
 
 
 def _located(name: str, value: Any, here: str) -> Any:
-    is_path = name in PATHS and isinstance(value, str | os.PathLike) and value
-    return resolve_uri(os.fspath(value), here) if is_path else value
+    cell = plain(value)
+    is_path = name.lower() in PATHS and isinstance(cell, str) and not is_absent(cell)
+    return resolve_uri(cell.strip(), here) if is_path else cell
 
 
 def read_rows(config: Config) -> TableRows:

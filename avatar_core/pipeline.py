@@ -22,6 +22,7 @@ from avatar_core.clips import STAGES
 from avatar_core.config import Config, nearest, parse
 from avatar_core.devices import usable_gpus
 from avatar_core.errors import ConfigError, StoreError
+from avatar_core.origins import origin_of, replacement
 from avatar_core.plan import shards
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish, to_frame
@@ -86,8 +87,9 @@ def render(
 
 def record_run(batch: Batch) -> str:
     """Write down what is asked, before any work; returns the run's id. Raises `ConfigError` where the work
-    cannot be done on this machine."""
+    cannot be done on this machine, or clips of another table would be lost."""
     check_gpus(batch)
+    check_origin(batch)
     backend = {"name": batch.backend.name, **dataclasses.asdict(batch.backend.config)}
     return write_run(batch.storage, batch.name, batch.config, backend, batch.clips)
 
@@ -122,6 +124,14 @@ def check_gpus(batch: Batch) -> None:
         )
 
 
+def check_origin(batch: Batch) -> str | None:
+    """A warning where the dataset becomes that of another table, `ConfigError` where that must not be."""
+    found = replacement(batch)
+    if found and not found.allowed:
+        raise ConfigError(found.message)
+    return found.message if found else None
+
+
 def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: Observer) -> Result:
     """Call `run` to compute what is missing, then publish; again if a stored video turns out damaged."""
     for _ in range(MAX_PASSES):
@@ -143,6 +153,8 @@ def finish_batch(batch: Batch, run_id: str, run: Callable[[], None], observer: O
 
 
 def publish_batch(batch: Batch, run_id: str, observer: Observer) -> Published:
+    if warning := check_origin(batch):  # once more: another run may have published meanwhile
+        observer.warning(warning)
     return publish(
         batch.storage,
         batch.name,
@@ -150,7 +162,7 @@ def publish_batch(batch: Batch, run_id: str, observer: Observer) -> Published:
         batch.results,
         backend=batch.backend.name,
         complete=not (batch.config.limit or batch.config.only),
-        table=batch.config.table,
+        origin=origin_of(batch.config),
         run_id=run_id,
         observer=observer,
     )

@@ -4,6 +4,7 @@ Needs are pulled backwards from the finished clip: an item is wanted only if a m
 results that were cleaned away cost nothing once the videos exist.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -11,10 +12,12 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar_core.clip_items import StageItems
 from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import InputError
 from avatar_core.stages.base import ItemSpec, Stage
 from avatar_core.store.catalog import FAILED_FOR_GOOD, OK
+from avatar_core.store.key_index import text_keys
 from avatar_core.store.results import StageResults
 
 
@@ -69,11 +72,24 @@ class Items(Sequence[ItemSpec]):
 @dataclass(frozen=True)
 class StagePlan:
     """`cached` of the `items` that all clips need together are in the store; `to_do` are missing and
-    needed for a missing clip."""
+    needed for a missing clip; `failed` are not tried again. The rest is behind a failure, or in front of a
+    finished video."""
 
     items: int
     cached: int
     to_do: Items
+    failed: int
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Numbers of clips, without those of rejected rows. `failed` are not tried again; `reasons` has how many
+    of them there are for each stage and its error."""
+
+    done: int
+    to_do: int
+    failed: int
+    reasons: Counter[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +122,35 @@ def make_plan(
         for upstream in inputs[stage]:
             wanted[upstream] |= missing
         to_do = _missing_items(clips, stage, missing, absent)
-        plan[stage] = StagePlan(len(absent), int((~absent).sum()), to_do)
+        failed = 0 if retry_failed else int((states[stage] == FAILED_FOR_GOOD).sum())
+        plan[stage] = StagePlan(len(absent), int((~absent).sum()), to_do, failed)
     return {stage: plan[stage] for stage in states}
+
+
+def outlook(clips: Clips, results: Mapping[str, StageResults], *, retry_failed: bool = False) -> Outlook:
+    left = np.ones(len(clips), bool)
+    left[list(clips.rejected)] = False
+    accepted = int(left.sum())
+    left &= ~_of_clips(clips, "decode", results["decode"].states(clips.stages["decode"].keys) == OK)
+    done, reasons = accepted - int(left.sum()), Counter[tuple[str, str]]()
+    for stage, items in clips.stages.items() if not retry_failed else ():
+        causes = _first_failed(items, results[stage].states(items.keys) == FAILED_FOR_GOOD)
+        failed = left & (causes >= 0)
+        numbers, counts = np.unique(causes[failed], return_counts=True)
+        for key, count in zip(text_keys(items.keys[numbers]), counts.tolist(), strict=True):
+            failure = results[stage].failure(key.decode())
+            assert failure is not None
+            reasons[stage, failure["error"]] += count
+        left &= ~failed
+    return Outlook(done, int(left.sum()), reasons.total(), reasons)
+
+
+def _first_failed(items: StageItems, failed: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """For each clip the first of its items that `failed`, -1 where none did."""
+    causes = np.where(failed, np.arange(len(failed)), -1)
+    for later, previous in items.chain.links if items.chain else ():
+        causes[later] = np.where(causes[previous] >= 0, causes[previous], causes[later])
+    return np.append(causes, -1)[items.of_clip]
 
 
 def _of_clips(clips: Clips, stage: str, of_items: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -1,7 +1,6 @@
 """The dataset folder: videos by name, `metadata.parquet` with a row per clip, `failures.csv`."""
 
 import io
-import json
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from avatar_core.clips import STAGES, Clips
 from avatar_core.errors import StoreError
+from avatar_core.media.cells import as_column, column_type, from_arrow
 from avatar_core.media.table import TableRows
 from avatar_core.plan import first_failure
 from avatar_core.progress import Observer
@@ -57,7 +57,6 @@ SCHEMA = pa.schema(
 """Our columns; those of the input follow, under `input_<name>` where the name is taken."""
 
 _VIDEO_COLUMNS = ("renderer", "width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
-_TABLE = b"avatar_table"
 _KEPT = ["file_name", "name", "sha256", "error", "run_id"]
 
 
@@ -77,18 +76,16 @@ def publish(
     *,
     backend: str,
     complete: bool,
-    table: str | None,
+    origin: Mapping[bytes, bytes],
     run_id: str,
     observer: Observer,
 ) -> Published:
-    """Bring `datasets/<name>/` up to date; `metadata.parquet` is replaced last.
+    """Bring `datasets/<name>/` up to date; `metadata.parquet` is replaced last, with `origin` in its schema.
 
     Unless `complete`, clips that an earlier run published and this one does not mention stay.
     """
     folder = f"datasets/{name}"
     old = _read(storage, f"{folder}/metadata.parquet", _KEPT if complete else None)
-    if old is not None:
-        _warn_of_other_table(old, table, name, observer)
     there = storage.list(f"{folder}/videos")
     rows = _Rows(clips, results, backend, run_id, old)
 
@@ -105,7 +102,7 @@ def publish(
         metadata = fresh if merged is None else merged
         failures = to_frame(metadata.filter(pc.equal(metadata["status"], "failed")))
         _write(storage, f"{folder}/failures.csv", _csv(failures))
-        schema = metadata.schema.with_metadata({_TABLE: (table or "").encode()})
+        schema = metadata.schema.with_metadata(dict(origin))
         pieces = _pieces(spool) if merged is None else iter([merged])
         put_table(storage, f"{folder}/metadata.parquet", schema, pieces)
     _delete_unlisted(storage, folder, old, metadata, there)
@@ -198,7 +195,7 @@ class _Rows:
     def _input_columns(self, start: int, stop: int) -> list[pa.Array]:
         sources = self._clips.row_column("source", start, stop)
         return [
-            _input_column([source.get(name) for source in sources], field.type)
+            as_column([source.get(name) for source in sources], field.type)
             for name, field in self._inputs.items()
         ]
 
@@ -215,11 +212,11 @@ def _input_fields(rows: TableRows) -> dict[str, pa.Field]:
     for start, stop in stretches(len(rows)):
         sources = rows.column("source", start, stop)
         for name in dict.fromkeys(name for source in sources for name in source):
-            types.setdefault(name, set()).add(_input_type([source.get(name) for source in sources]))
+            types.setdefault(name, set()).add(column_type([source.get(name) for source in sources]))
     fields = {}
     for name, found in types.items():
         if len(found - {pa.null()}) > 1:
-            found = {_input_type([source.get(name) for (source,) in rows.columns("source")])}
+            found = {column_type([source.get(name) for (source,) in rows.columns("source")])}
         kind = max(found, key=lambda each: not pa.types.is_null(each))
         fields[name] = pa.field(_renamed(name, types), pa.string() if pa.types.is_null(kind) else kind)
     return fields
@@ -227,30 +224,9 @@ def _input_fields(rows: TableRows) -> dict[str, pa.Field]:
 
 def _renamed(name: str, names: Collection[str]) -> str:
     new = name
-    while new in SCHEMA.names or (new != name and new in names):
+    while new.lower() in SCHEMA.names or (new != name and new in names):
         new = f"input_{new}"
     return new
-
-
-def _input_type(values: Sequence[Any]) -> pa.DataType:
-    """Null where all are absent; text for values of several kinds or with a structure."""
-    if any(isinstance(value, list | dict | tuple) for value in values):
-        return pa.string()
-    try:
-        return pa.array(_plain(values)).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.string()
-
-
-def _input_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    plain = _plain(values)
-    if pa.types.is_string(kind):
-        plain = [v if v is None or isinstance(v, str) else json.dumps(v, default=str) for v in plain]
-    return pa.array(plain, kind)
-
-
-def _plain(values: Sequence[Any]) -> list[Any]:
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
 def _run_ids(metadata: pa.Table, before: pa.Table) -> pa.ChunkedArray:
@@ -280,16 +256,23 @@ def _pieces(path: Path) -> Iterator[pa.Table]:
 
 def _merge(old: pa.Table, fresh: pa.Table) -> pa.Table:
     """Old rows that the new ones do not replace, and the new ones, in the order of the table."""
-    names = set(fresh["name"].to_pylist())
-    kept = [row for row in old.to_pylist() if row["name"] not in names]
-    rows = sorted(kept + fresh.to_pylist(), key=lambda row: (row["row"], row["take"], row["part"]))
-    columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in SCHEMA}
-    for name in dict.fromkeys([*old.column_names, *fresh.column_names]):
-        if name not in columns:
-            values = [row.get(name) for row in rows]
-            kind = _input_type(values)
-            columns[name] = _input_column(values, pa.string() if pa.types.is_null(kind) else kind)
-    return pa.table(columns)
+    replaced = pc.is_in(old["name"], value_set=fresh["name"].combine_chunks())
+    parts = (old.filter(pc.invert(replaced)), fresh)
+    names = dict.fromkeys([*SCHEMA.names, *old.column_names, *fresh.column_names])
+    merged = pa.table({name: _joined(parts, name) for name in names})
+    order = pc.sort_indices(merged, [(name, "ascending") for name in ("row", "take", "part")])
+    return merged.take(order)
+
+
+def _joined(parts: Iterable[pa.Table], name: str) -> pa.ChunkedArray:
+    columns = [
+        part[name] if name in part.column_names else pa.chunked_array([pa.nulls(len(part))]) for part in parts
+    ]
+    if len({column.type for column in columns}) == 1:
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
+    cells = [cell for column in columns for chunk in column.chunks for cell in from_arrow(chunk)]
+    kind = column_type(cells)
+    return pa.chunked_array([as_column(cells, pa.string() if pa.types.is_null(kind) else kind)])
 
 
 def _copy_videos(
@@ -340,15 +323,6 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
     return frame
 
 
-def _warn_of_other_table(old: pa.Table, table: str | None, name: str, observer: Observer) -> None:
-    before = (old.schema.metadata or {}).get(_TABLE, b"").decode()
-    if before and table and before != table:
-        observer.warning(
-            f"dataset `{name}` was made from {before} and now becomes that of {table}; "
-            "give `name=...` to keep both"
-        )
-
-
 def _read(storage: Storage, path: str, columns: list[str] | None) -> pa.Table | None:
     """The dataset's table as it is; None if there is none, or one of another layout."""
     if not storage.exists(path):
@@ -378,4 +352,6 @@ def _csv(failures: pd.DataFrame) -> bytes:
 
 def _pandas_type(kind: pa.DataType) -> Any:
     """Integers stay integers beside missing values."""
+    if pa.types.is_uint64(kind):
+        return pd.UInt64Dtype()
     return pd.Int64Dtype() if pa.types.is_int64(kind) else None

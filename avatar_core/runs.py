@@ -16,6 +16,7 @@ from avatar_core.clip_names import slug
 from avatar_core.clips import STAGES, Clips
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
+from avatar_core.media.cells import as_text
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import put_table, stretches
 
@@ -57,7 +58,8 @@ def write_run(storage: Storage, name: str, config: Config, backend: dict[str, An
     put_table(storage, f"runs/{run_id}/plan.parquet", _for_pandas(schema, seed="Int64"), plan)
     assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
     storage.write_bytes(f"runs/{run_id}/assets.parquet", assets.to_parquet(index=False))
-    text = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
+    values = json.loads(json.dumps(values, default=as_text))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return run_id
 
@@ -111,7 +113,7 @@ def read_assets(storage: Storage, run_id: str) -> set[str]:
 def _rows(clips: Clips, start: int, stop: int) -> pa.Table:
     """The table as it was read: a JSON object of each row's columns."""
     sources = clips.rows.column("source", start, stop)
-    values = [json.dumps(dict(source), default=str, ensure_ascii=False) for source in sources]
+    values = [json.dumps(dict(source), default=as_text, ensure_ascii=False) for source in sources]
     return pa.table([clips.rows.column("index", start, stop), values], _ROWS)
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -367,8 +366,6 @@ def _configured(
     given |= {"takes": takes} if takes is not None else {}
     given |= {"only": list(only)} if only else {}
     config = compose_config(overrides, config_dir, given)
-    if len(files) == 2 and not config.name:
-        config = replace(config, name="-".join(Path(file).stem for file in files))
     if not config.table and not config.rows:
         raise ConfigError("nothing to render: give a TABLE, a PICTURE and a RECORDING, or a batch file")
     return config, len(files) == 2

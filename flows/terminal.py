@@ -21,10 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from avatar_core.batch import Batch
+from avatar_core.origins import replacement
 from avatar_core.pipeline import Estimate, Result
+from avatar_core.plan import Outlook
 from avatar_core.progress import Observer, StepClock
 
 ROWS_SHOWN = 40
+REASONS_SHOWN = 10
 STEPS_TOLD_S = 30.0
 
 
@@ -182,26 +185,52 @@ def print_result(console: Console, result: Result) -> None:
 
 
 def print_plan(console: Console, batch: Batch, forecast: Mapping[str, Estimate]) -> None:
+    """Of the items, `skipped` are those that no clip to do needs: behind a failure, in front of a video."""
+    plan, outlook = batch.plan(), batch.outlook()
     table = Table(header_style="bold", pad_edge=False, box=None)
-    for heading in ("stage", "items", "cached", "to do", "time", "size"):
+    for heading in ("stage", "items", "cached", "to do", "failed", "skipped", "time", "size"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for stage, stage_plan in batch.plan().items():
+    for stage, stage_plan in plan.items():
         to_do = len(stage_plan.to_do)
-        cells = [str(stage_plan.items), str(stage_plan.cached), str(to_do)]
+        skipped = stage_plan.items - stage_plan.cached - to_do - stage_plan.failed
+        numbers = (stage_plan.items, stage_plan.cached, to_do)
+        failed = f"[red]{stage_plan.failed}[/]" if stage_plan.failed else ""
+        cells = [*map(str, numbers), failed, str(skipped) if skipped else ""]
         if to_do:
             expected = forecast[stage]
             cells.append("unknown" if expected.seconds is None else f"{expected.seconds:.1f} s")
             cells.append("" if expected.bytes is None else f"{expected.bytes / 1e6:.1f} MB")
         table.add_row(stage, *cells)
     console.print(table)
-    rejected = [batch.clips[i] for i in batch.clips.rejected]
-    for clip in rejected:
-        console.print(
-            Text(f"rejected {clip.name} (row {clip.row.index + 1}): {clip.error}", style="red"),
-            soft_wrap=True,
-        )
-    seconds = [forecast[stage].seconds for stage, p in batch.plan().items() if p.to_do]
+    _print_reasons(console, outlook)
+    _print_rejected(console, batch)
+    if found := replacement(batch):
+        _print(console, f"{'warning' if found.allowed else 'error'}: {found.message}", "red")
+    seconds = [forecast[stage].seconds for stage, p in plan.items() if p.to_do]
     total = "unknown" if None in seconds else f"{sum(s for s in seconds if s is not None):.0f} s"
-    console.print(
-        f"{len(batch.clips)} clips, {len(rejected)} rejected; estimated time: {total}", highlight=False
-    )
+    _print(console, f"{outlook.done} clips done, {outlook.to_do} to do, {outlook.failed} failed before")
+    rejected = len(batch.clips.rejected)
+    _print(console, f"{len(batch.clips)} clips, {rejected} rejected; estimated time: {total}")
+
+
+def _print_reasons(console: Console, outlook: Outlook) -> None:
+    """What keeps clips from being tried: the most common reasons."""
+    if not outlook.failed:
+        return
+    _print(console, f"{outlook.failed} clips failed and are left out; retry_failed=true tries them again:")
+    for (stage, error), count in outlook.reasons.most_common(REASONS_SHOWN):
+        _print(console, f"{count} x {stage}: {error}", "red")
+    if len(outlook.reasons) > REASONS_SHOWN:
+        _print(console, f"... and {len(outlook.reasons) - REASONS_SHOWN} more reasons")
+
+
+def _print_rejected(console: Console, batch: Batch) -> None:
+    rejected = list(batch.clips.rejected)
+    for clip in map(batch.clips.__getitem__, rejected[:ROWS_SHOWN]):
+        _print(console, f"rejected {clip.name} (row {clip.row.index + 1}): {clip.error}", "red")
+    if len(rejected) > ROWS_SHOWN:
+        _print(console, f"... and {len(rejected) - ROWS_SHOWN} more rejected rows")
+
+
+def _print(console: Console, line: str, style: str = "") -> None:
+    console.print(Text(line, style=style), soft_wrap=True)

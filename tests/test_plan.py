@@ -83,6 +83,31 @@ def test_a_finished_video_outweighs_failures_of_its_parts(fresh: Batch) -> None:
     assert first_failure(fresh.clips[0], fresh.results) is None
 
 
+def outlook(batch: Batch, retry_failed: bool = False) -> tuple[int, int, int, dict[tuple[str, str], int]]:
+    batch = replace(batch, config=replace(batch.config, retry_failed=retry_failed))
+    found = batch.outlook()
+    return found.done, found.to_do, found.failed, dict(found.reasons)
+
+
+def test_the_outlook_tells_why_clips_are_not_tried(fresh: Batch) -> None:
+    assert outlook(fresh) == (0, 4, 0, {})
+    fail(fresh, 0, "face")  # shared by clips 0 and 1
+    fail(fresh, 0, "decode")
+    fail(fresh, 2, "decode")
+    fail(fresh, 3, "decode", retryable=True)
+    bad_face, bad_video = ("face", "face is bad"), ("decode", "decode is bad")
+    assert outlook(fresh) == (0, 1, 3, {bad_face: 2, bad_video: 1})
+    assert {stage: plan.failed for stage, plan in fresh.plan().items() if plan.failed} == {
+        "face": 1,
+        "decode": 2,
+    }
+    mark(fresh, 0, "decode")
+    assert outlook(fresh) == (1, 1, 2, {bad_face: 1, bad_video: 1})
+    assert outlook(fresh, retry_failed=True) == (1, 3, 0, {})
+    retried = replace(fresh, config=replace(fresh.config, retry_failed=True))
+    assert {plan.failed for plan in retried.plan().values()} == {0}
+
+
 def sizes(works: list[float], seconds_per_work: float, shard_seconds: float) -> list[int]:
     items = [ItemSpec(str(number), None, work=work) for number, work in enumerate(works)]
     pieces = list(shards(items, seconds_per_work, shard_seconds))

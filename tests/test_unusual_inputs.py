@@ -213,17 +213,9 @@ def test_an_unusual_recording_gives_a_video_of_its_length_with_its_sound(
         ("x" * 300, "x" * 96 + ".mp4"),
     ],
 )
-def test_any_name_gives_a_safe_file_name(
-    inputs: Path, shared_store: Path, tmp_path: Path, name: str, file_name: str
-) -> None:
-    row = {**good_row(inputs), "name": name}
-    result = render(
-        {
-            "table": str(write_table(tmp_path / "names.csv", [row])),
-            "name": "names",
-            "storage": {"root": str(shared_store)},
-        }
-    )
+def test_any_name_gives_a_safe_file_name(inputs: Path, shared_store: Path, name: str, file_name: str) -> None:
+    rows = [{**good_row(inputs), "name": name}]
+    result = render({"rows": rows, "name": "names", "storage": {"root": str(shared_store)}})
     assert [path.name for path in Path(result.dataset).glob("videos/*")] == [file_name]
 
 

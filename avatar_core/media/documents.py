@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from avatar_core.errors import InputError, shown
+from avatar_core.media.cells import plain
 
 SILENCE = "silence:"
 """In place of a recording: this speaker is silent, for as long as the other's recording lasts."""
 
 _MARKS = ("cond_image", "cond_audio", "tts_audio")
-_KEYS = (*_MARKS, "audio_type", "bbox")
+KEYS = (*_MARKS, "audio_type", "bbox")
 _COLUMNS = ("image", "audio", "audio_2", "tts_text", "voice", "voice_2")
 _PEOPLE = ("person1", "person2")
 _AUDIO_TYPES = "allowed: para (at once), add (one after the other)"
@@ -63,7 +64,7 @@ def columns_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def other_columns(document: Mapping[str, Any]) -> dict[str, Any]:
     """What remains of a document that is wrong: its name and the like."""
-    return {key: value for key, value in document.items() if key not in (*_KEYS, *_COLUMNS)}
+    return {key: value for key, value in document.items() if key not in (*KEYS, *_COLUMNS)}
 
 
 def _mark(values: Mapping[str, Any]) -> str:
@@ -86,7 +87,7 @@ def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
+            found = plain(json.loads(value))
         except (ValueError, RecursionError):
             found = None
     if not isinstance(found, Mapping):

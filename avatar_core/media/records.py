@@ -1,10 +1,8 @@
 """The bytes of a table as plain records: CSV, Parquet, JSON Lines, JSON."""
 
-import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from avatar_core.errors import InputError
+from avatar_core.media.cells import from_arrow, plain
+from avatar_core.media.columns import column_names
+from avatar_core.media.csv_rows import parse_csv
 from avatar_core.media.documents import columns_of, is_document, other_columns
-
-REQUIRED = ("image", "audio")
-
-_BINARY = {
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"PK\x03\x04": "a zip or Excel file",
-    b"\x1f\x8b": "a gzip file",
-    b"%PDF": "a PDF",
-    b"\xd0\xcf\x11\xe0": "an old Excel file",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-}
-_FORMATS = "a table is CSV, JSON Lines or JSON in UTF-8, or Parquet"
+from avatar_core.media.table_bytes import FORMATS, decode
 
 
 @dataclass(frozen=True)
@@ -38,10 +26,35 @@ class Record:
     error: str | None = None
 
 
-def parse_records(content: bytes, max_bytes: int) -> Iterator[Record]:
-    """The format is told by the content; rows may be MultiTalk's documents. Raises `InputError` where the
-    whole is no table, which may show only after the first rows."""
-    return map(_with_our_columns, _parse(content, max_bytes))
+def parse_records(content: bytes, max_bytes: int, known: frozenset[str]) -> Iterator[Record]:
+    """The format is told by the content; rows may be MultiTalk's documents. `known` are the columns that mean
+    something. Raises `InputError` where the whole is no table, which may show only after the first rows."""
+    return map(_with_our_columns, _parse(content, max_bytes, known))
+
+
+def record_of(row: Mapping[str, Any], known: frozenset[str]) -> Record:
+    """A row that is given as such."""
+    pairs = row.pairs if isinstance(row, _Doubled) else row.items()
+    try:
+        names = column_names(tuple(name for name, _ in pairs), known)
+    except InputError as error:
+        values = {name: plain(value) for name, value in row.items()}
+        return Record(values, values, f"the row {error}")
+    values = {name: plain(value) for name, (_, value) in zip(names, pairs, strict=True)}
+    return _with_our_columns(Record(values, values))
+
+
+class _Doubled(dict[str, Any]):
+    """A JSON object that has a key more than once: all its `pairs`."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Doubled(pairs)
 
 
 def _with_our_columns(record: Record) -> Record:
@@ -53,135 +66,80 @@ def _with_our_columns(record: Record) -> Record:
         return Record(other_columns(record.values), record.source, f"MultiTalk document: {error}")
 
 
-def _parse(content: bytes, max_bytes: int) -> Iterator[Record]:
+def _parse(content: bytes, max_bytes: int, known: frozenset[str]) -> Iterator[Record]:
     if not content.strip():
-        raise InputError(f"is empty; {_FORMATS}")
+        raise InputError(f"is empty; {FORMATS}")
     if content.startswith(b"PAR1"):
-        return _parse_parquet(content, max_bytes)
-    text = _decode(content)
+        return _parse_parquet(content, max_bytes, known)
+    text = decode(content)
     if text.lstrip()[0] in "{[":
-        return iter(_parse_json(text))
-    return _parse_csv(text)
+        return _parse_json(text, known)
+    return (Record(values, values, error) for values, error in parse_csv(text, known))
 
 
-def _decode(content: bytes) -> str:
-    for magic, name in _BINARY.items():
-        if content.startswith(magic):
-            raise InputError(f"is {name}; {_FORMATS}: save it as one of them")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"is not UTF-8 (byte {error.start}, line {line}); save it as UTF-8") from error
-    if "\0" in text:
-        raise InputError(f"holds NUL bytes, so it is binary or UTF-16; {_FORMATS}")
-    if not text.strip():
-        raise InputError(f"is empty; {_FORMATS}")
-    return text
-
-
-def check_columns(columns: Sequence[str]) -> None:
-    """Column names count without surrounding blanks and without case."""
-    doubled = [name for name, count in Counter(column.lower() for column in columns).items() if count > 1]
-    if doubled:
-        raise InputError(
-            f"has the column {', '.join(map(repr, doubled))} more than once; rename or remove one"
-        )
-
-
-def _parse_parquet(content: bytes, max_bytes: int) -> Iterator[Record]:
+def _parse_parquet(content: bytes, max_bytes: int, known: frozenset[str]) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(io.BytesIO(content))
-        check_columns([name.strip() for name in file.schema_arrow.names])
+        names = column_names(tuple(file.schema_arrow.names), known)
         unpacked = 0
         for batch in file.iter_batches(batch_size=8192):
             unpacked += batch.nbytes
             if unpacked > 4 * max_bytes:
                 raise InputError(f"unpacks to more than {4 * max_bytes} bytes; split the table")
-            for row in batch.to_pylist():
-                yield Record({name.strip(): value for name, value in row.items()}, row)
+            for cells in zip(*map(from_arrow, batch.columns), strict=True):
+                row = dict(zip(names, cells, strict=True))
+                yield Record(row, row)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"is a broken Parquet file ({reason}); write it again") from error
 
 
-def _parse_csv(text: str) -> Iterator[Record]:
-    delimiter = _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = (row for row in reader if any(cell.strip() for cell in row))
-    try:
-        header = [cell.strip() or f"column_{index}" for index, cell in enumerate(next(rows), start=1)]
-        check_columns(header)
-        for row in rows:
-            yield _csv_record(header, row)
-    except csv.Error as error:
-        raise InputError(f"line {reader.line_num}: {error}; check the quotes of this line") from error
-
-
-def _csv_record(header: Sequence[str], row: Sequence[str]) -> Record:
-    values = dict(zip(header, row, strict=False))
-    if len(row) == len(header):
-        return Record(values, values)
-    hint = "quote a value that holds the delimiter" if len(row) > len(header) else "a value is missing"
-    return Record(values, values, f"the row has {len(row)} values for {len(header)} columns; {hint}")
-
-
-def _delimiter(text: str) -> str:
-    """Of comma, semicolon and tab the one under which the header holds most of the columns we need."""
-
-    def fitness(delimiter: str) -> tuple[int, int]:
-        names = [cell.strip().lower() for cell in _header(text, delimiter)]
-        return sum(name in names for name in REQUIRED), len(names)
-
-    return max(",;\t", key=fitness)
-
-
-def _header(text: str, delimiter: str) -> list[str]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        return next(row for row in reader if any(cell.strip() for cell in row))
-    except (csv.Error, StopIteration):
-        return []
-
-
-def _parse_json(text: str) -> list[Record]:
+def _parse_json(text: str, known: frozenset[str]) -> Iterator[Record]:
     """A document, a list of objects, or an object a line."""
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_json_object)
     except RecursionError as error:
         raise InputError("is JSON nested too deeply for a table") from error
     except ValueError as error:
-        return _parse_json_lines(text, error)
+        return _parse_json_lines(text, error, known)
     rows = document if isinstance(document, list) else [document]
     if not any(isinstance(row, dict) for row in rows):
         raise InputError("holds no rows; give JSON objects with image and audio")
-    return [_json_record(row) for row in rows]
+    return (_json_record(row, "", known) for row in rows)
 
 
-def _parse_json_lines(text: str, whole_error: ValueError) -> list[Record]:
-    records = [_json_line(line) for line in io.StringIO(text, newline=None) if line.strip()]
-    if all(record.error for record in records):
-        raise InputError(f"is neither JSON nor JSON Lines ({whole_error})") from whole_error
-    return records
+def _parse_json_lines(text: str, whole_error: ValueError, known: frozenset[str]) -> Iterator[Record]:
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    records = [_json_line(line, f"line {number}: ", known) for number, line in lines if line.strip()]
+    # A list is no JSON Lines, though some of its objects may fill a line each.
+    if text.lstrip()[0] == "[" or all(record.error for record in records):
+        reason = _reason(whole_error)
+        raise InputError(
+            f"is neither JSON nor JSON Lines ({reason}); give a list of objects, or an object a line"
+        ) from whole_error
+    return iter(records)
 
 
-def _json_line(line: str) -> Record:
+def _json_line(line: str, where: str, known: frozenset[str]) -> Record:
     try:
-        return _json_record(json.loads(line))
+        row = json.loads(line.rstrip("\n"), object_pairs_hook=_json_object)
+        return _json_record(row, where, known)
     except (ValueError, RecursionError) as error:
-        return Record(error=f"the line is not JSON ({error})")
+        return Record(error=f"{where}the line is not JSON ({_reason(error)}); mend it")
 
 
-def _json_record(row: Any) -> Record:
-    if not isinstance(row, dict):
-        return Record(error=f"the row is a {type(row).__name__}; give a JSON object with image and audio")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return Record(error="the row holds half a character (a lone \\ud800 to \\udfff escape)")
-    values = {name.strip(): value for name, value in row.items()}
-    try:
-        check_columns([name.strip() for name in row])
-    except InputError as error:
-        return Record(values, row, f"the row {error}")
-    return Record(values, row)
+def _reason(error: Exception) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :]
+    is_surplus = (before.endswith(",") and after[:1] in ("]", "}")) or "trailing comma" in error.msg
+    what = "a comma too many" if is_surplus else error.msg
+    line = f"line {error.lineno}, " if "\n" in error.doc else ""
+    return f"{what}: {line}column {error.colno}"
+
+
+def _json_record(row: Any, where: str, known: frozenset[str]) -> Record:
+    if isinstance(row, dict):
+        return record_of(row, known)
+    kind = type(row).__name__
+    return Record(error=f"{where}the row is a {kind}; give a JSON object with image and audio")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, overload
 
 import fsspec
-import numpy as np
 
-from avatar_core.errors import InputError, shown
+from avatar_core.errors import InputError, about, shown
+from avatar_core.media.cells import plain
 from avatar_core.media.dialogue import split_turns, voice_name
-from avatar_core.media.documents import SILENCE
-from avatar_core.media.records import Record, parse_records
+from avatar_core.media.documents import KEYS, SILENCE
+from avatar_core.media.records import Record, parse_records, record_of
 from avatar_core.media.source import local_path, normalise_uri, scheme_of
 from avatar_core.store.packed import PackedRows
 
@@ -118,7 +118,7 @@ def read_table(
     recordings come back as `resolve_uri(..., base)`."""
     content = _read(uri, storage_options or {}, max_bytes)
     try:
-        rows = _rows(parse_records(content, max_bytes), base)
+        rows = _rows(parse_records(content, max_bytes, _KNOWN), base)
         if not rows:
             raise InputError("has a header but no rows")
     except InputError as error:
@@ -128,8 +128,7 @@ def read_table(
 
 def parse_rows(values: Sequence[Mapping[str, Any]], base: str | None = None) -> TableRows:
     """Rows that are given as such, not in a file; the same columns and rules."""
-    plain = ({name: _plain(value) for name, value in row.items()} for row in values)
-    return _rows((Record(row, row) for row in plain), base)
+    return _rows((record_of(row, _KNOWN) for row in values), base)
 
 
 def _rows(records: Iterable[Record], base: str | None) -> TableRows:
@@ -144,13 +143,6 @@ def _rows(records: Iterable[Record], base: str | None) -> TableRows:
     rows = TableRows(noted())
     _check_required(list(columns))
     return rows
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, numpy's numbers as Python's: what a data frame hands over."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _read(uri: str, storage_options: Mapping[str, Any], max_bytes: int) -> bytes:
@@ -179,7 +171,14 @@ def _check_required(columns: Sequence[str]) -> None:
         if columns and required not in lower and instead not in lower:
             near = difflib.get_close_matches(required, lower, n=1, cutoff=0.5)
             hint = f"; is {lower[near[0]]!r} meant? then rename it" if near else ""
-            raise InputError(f"has no column {required!r}; its columns: {', '.join(columns)}{hint}")
+            if _KNOWN.isdisjoint(lower):
+                hint = "; name the columns in the first line"
+            raise InputError(f"has no column {required!r}; its columns: {_listed(columns)}{hint}")
+
+
+def _listed(columns: Sequence[str]) -> str:
+    names = [name if name.isprintable() and len(name) <= 40 else shown(name) for name in columns[:20]]
+    return ", ".join(names) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
 
 
 @cache
@@ -200,12 +199,17 @@ def resolve_uri(value: str, table_uri: str) -> str:
 def _row(index: int, record: Record, base: str | None) -> dict[str, Any]:
     """The fields of a `TableRow`."""
     cells = {name.lower(): value for name, value in record.values.items()}
-    values: dict[str, Any] = {**_EMPTY, "index": index, "name": _name(cells)}
+    values: dict[str, Any] = {**_EMPTY, "index": index}
     errors = [record.error] if record.error else _check_given(cells)
+    try:
+        values["name"] = _name(cells)
+    except InputError as error:
+        errors.append(str(error))
     for column, parse in _PARSERS.items():
         if column not in cells:
             continue
         try:
+            _check_text(cells[column])
             values[column] = parse(cells[column])
         except InputError as error:
             errors.append(f"column {column!r}: {error}")
@@ -221,10 +225,17 @@ def _row(index: int, record: Record, base: str | None) -> dict[str, Any]:
     return values | {"extra": extra, "source": record.source, "error": "; ".join(errors) or None}
 
 
+def _check_text(value: Any) -> None:
+    if isinstance(value, bytes):
+        raise InputError(
+            f"{shown(value)} is no text in UTF-8 (half a character, or another encoding); write it in UTF-8"
+        )
+
+
 def _check_given(cells: Mapping[str, Any]) -> list[str]:
     errors = []
     for column, instead in _EITHER:
-        is_given, is_instead = not _is_absent(cells.get(column)), not _is_absent(cells.get(instead))
+        is_given, is_instead = not is_absent(cells.get(column)), not is_absent(cells.get(instead))
         if is_given and is_instead:
             errors.append(f"columns {column!r} and {instead!r} are both given; give one of them")
         if not is_given and not is_instead:
@@ -274,24 +285,29 @@ def _check_boxes(values: Mapping[str, Any]) -> list[str]:
 def _name(cells: Mapping[str, Any]) -> str | None:
     for column in _NAMES:
         value = cells.get(column)
+        if isinstance(value, bytes):
+            with about(f"column {column!r}"):
+                _check_text(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not _is_absent(value):
+        if not is_absent(value):
             return str(value).strip()
     return None
 
 
-def _is_absent(value: Any) -> bool:
+def is_absent(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in ("", "nan", "none", "null", "<na>")
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _path(value: Any) -> str | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     if not isinstance(value, str) or "\0" in value:
         raise InputError(f"{shown(value)} is not a path or URI")
+    if "\n" in value.strip():
+        raise InputError(f"{shown(value)} holds a line break; is a quote left open in the table?")
     return value.strip()
 
 
@@ -300,7 +316,7 @@ def _path_or_empty(value: Any) -> str:
 
 
 def _speech(value: Any) -> str | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     if not isinstance(value, str) or "\0" in value:
         raise InputError(f"{shown(value)} is not a text")
@@ -308,7 +324,7 @@ def _speech(value: Any) -> str | None:
 
 
 def _voice(value: Any) -> str | None:
-    return None if _is_absent(value) else voice_name(str(value))
+    return None if is_absent(value) else voice_name(str(value))
 
 
 def _text(value: Any) -> str:
@@ -316,7 +332,7 @@ def _text(value: Any) -> str:
 
 
 def _audio_type(value: Any) -> str | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     if str(value).strip().lower() not in AUDIO_TYPES:
         raise InputError(f"{shown(value)} is not allowed; allowed: para (at once), add (one after the other)")
@@ -324,7 +340,7 @@ def _audio_type(value: Any) -> str | None:
 
 
 def _fps(value: Any) -> float | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     fps = _number(value)
     if not MIN_FPS <= fps <= MAX_FPS:
@@ -341,7 +357,7 @@ def _number(value: Any) -> float:
 
 
 def _seed(value: Any) -> int | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     try:
         seed = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
@@ -359,13 +375,13 @@ def _json_value(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=lambda constant: float(f"not JSON: {constant}"))
+        return plain(json.loads(value, parse_constant=lambda constant: float(f"not JSON: {constant}")))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{shown(value)} is not JSON ({error})") from error
 
 
 def _bbox(value: Any) -> tuple[Box, ...] | None:
-    if _is_absent(value):
+    if is_absent(value):
         return None
     boxes = _json_value(value)
     if isinstance(boxes, Sequence) and boxes and not isinstance(boxes[0], Sequence):
@@ -385,12 +401,17 @@ def _is_box(box: Any) -> bool:
 
 
 def _params(value: Any) -> dict[str, Any]:
-    if _is_absent(value):
+    if is_absent(value):
         return {}
     params = _json_value(value)
     if not isinstance(params, Mapping):
         raise InputError(f'{shown(value)} is not a JSON object such as {{"num_inference_steps": 30}}')
-    return {name: item for name, item in params.items() if item is not None}
+    given = {name: item for name, item in params.items() if item is not None}
+    try:
+        json.dumps(given, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{shown(value)} holds a number that is not finite; give another") from error
+    return given
 
 
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
@@ -409,4 +430,4 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "bbox": _bbox,
     "params": _params,
 }
-_KNOWN = frozenset((*_NAMES, *_PARSERS))
+_KNOWN = frozenset((*_NAMES, *_PARSERS, *KEYS))

@@ -22,6 +22,7 @@ from tests.sample_rows import (
     Watcher,
     attempts,
     read_video,
+    render_table,
     videos,
     write_picture,
     write_table,
@@ -323,6 +324,38 @@ def test_plan_names_rejected_rows(avatar: RunAvatar, inputs: Path, tmp_path: Pat
     assert code == 0
     assert re.search(r"rejected bad \(row 2\): .*absent\.png: no such file", output)
     assert "2 clips, 1 rejected" in output
+
+
+def test_plan_tells_what_failed_for_good(avatar: RunAvatar, inputs: Path, tmp_path: Path) -> None:
+    rows = [
+        {"name": "good", "image": "portrait.jpg", "audio": "hello.wav"},
+        {"name": "bad", "image": "landscape.png", "audio": "hello.wav"},
+        {"name": "worse", "image": "landscape.png", "audio": "again.wav"},
+        {"name": "absent", "image": "absent.png", "audio": "hello.wav"},
+    ]
+    table = write_table(inputs / "failed.csv", rows)
+    render_table(table, tmp_path)
+    code, output = avatar("plan", table, f"storage.root={tmp_path}")
+    assert code == 0
+    assert re.search(r"^stage +items +cached +to do +failed +skipped +time +size *$", output, re.MULTILINE)
+    assert re.search(r"^face +2 +2 +0 *$", output, re.MULTILINE)
+    assert re.search(r"^reference +2 +1 +0 +1 *$", output, re.MULTILINE)
+    assert re.search(r"^decode +3 +1 +0 +2 *$", output, re.MULTILINE)
+    assert "2 clips failed and are left out; retry_failed=true tries them again:\n" in output
+    assert re.search(r"^2 x reference: no face found in the picture", output, re.MULTILINE)
+    assert "1 clips done, 0 to do, 2 failed before\n4 clips, 1 rejected; " in output
+    _, output = avatar("plan", table, f"storage.root={tmp_path}", "retry_failed=true")
+    assert re.search(r"^reference +2 +1 +1 +[\d.]+ s", output, re.MULTILINE)
+    assert "1 clips done, 2 to do, 0 failed before\n" in output
+    assert "left out" not in output
+
+
+def test_plan_of_many_faults_stays_short(avatar: RunAvatar, inputs: Path, tmp_path: Path) -> None:
+    rows = [{"image": f"absent-{number}.png", "audio": "hello.wav"} for number in range(50)]
+    _, output = avatar("plan", write_table(inputs / "absent.csv", rows), f"storage.root={tmp_path}")
+    assert output.count("rejected absent-") == 40
+    assert "... and 10 more rejected rows\n" in output
+    assert "50 clips, 50 rejected" in output
 
 
 def test_a_batch_file_of_ones_own(avatar: RunAvatar, rendered: Rendered, store: Path, tmp_path: Path) -> None:

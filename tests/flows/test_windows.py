@@ -226,6 +226,17 @@ def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
     assert [item.key for item in batch.plan()["denoise"].to_do] == keys[4:]
 
 
+def test_a_window_that_failed_is_the_reason_of_its_clip(values: Make, tmp_path: Path) -> None:
+    batch = open_batch(values(tmp_path))
+    long = batch.clips[1]
+    for window in (2, 1):
+        row = {"status": "failed", "retryable": False, "error": f"window {window} is bad"}
+        batch.results["denoise"].add({"key": long.windows[window].key, **row})
+    outlook = batch.outlook()
+    assert (outlook.to_do, outlook.failed) == (2, 1)
+    assert outlook.reasons == {("denoise", "window 1 is bad"): 1}
+
+
 # --- stopping
 
 

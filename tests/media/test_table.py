@@ -28,7 +28,7 @@ def read_cell(tmp_path: Path, column: str, value: str) -> TableRow:
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_csv_of_any_dialect_gives_the_same_row(tmp_path: Path, mark: str, end: str, delimiter: str) -> None:
     lines = [
         ["videoid", " Image ", "AUDIO", "prompt", "fps", "note"],
@@ -231,7 +231,11 @@ def test_lone_surrogate_and_doubled_key_in_a_json_row(tmp_path: Path) -> None:
         ("imgae,audio\na,b\n", "no column 'image'; its columns: imgae, audio; is 'imgae' meant?"),
         ("image,sound\na,b\n", "no column 'audio'; its columns: image, sound"),
         ("a.png|a.wav\n", "has a header but no rows"),
-        ('image,audio\n"a.png,b.wav\nc,d\n', "line 3: unexpected end of data"),
+        (
+            'image,audio\n"a.png,b.wav\nc,d\n',
+            "line 2: a quote is opened and not closed (noticed in line 3: unexpected end of data); "
+            "check the quotes of this line",
+        ),
         ('image,audio\n"a"b.png,b.wav\n', "line 2: "),
         ("image,audio,prompt\na,b," + "x" * 10_000_000, "line 2: field larger than field limit"),
         (b"PK\x03\x04" + bytes(100), "a zip or Excel file"),

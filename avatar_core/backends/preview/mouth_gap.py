@@ -17,7 +17,10 @@ Plane = NDArray[np.float32]
 
 WIDEST_GAP = 1.1  # height units; deeper valleys are not seen as one
 LEAST_GAP = 0.1  # height of a gap in its middle
-LINE_HEIGHT, LINE_LIGHTNESS = 0.14, 0.65  # up to which a dark gap, in parts of the skin's lightness, is a line
+LINE_HEIGHT, LINE_LIGHTNESS = (
+    0.14,
+    0.65,
+)  # up to which a dark gap, in parts of the skin's lightness, is a line
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 HOLE = 0.3  # half mouth widths without evidence that do not end a gap: gums before a dark corner
 BLUNTNESS = 0.6  # of a gap's ends: 1 an arc of a circle, less for rounder corners

@@ -10,6 +10,7 @@ Floats = NDArray[np.float64]
 BLUNTNESS = 0.6  # of a gap's ends: 0.5 makes it an ellipse, 1 a lens
 CORNERS, FLARE = 0.88, 0.06  # half mouth widths from which on a gap may not grow, and by what
 STRAY = 0.06  # height units off the edge from where on a column counts little
+PULL = 0.1  # of the ends to the middle line, in parts of the columns' weight
 LIP_SIDE, FITS = 0.8, 8  # weight of what lies on the lip's side of an edge; rounds of fitting
 
 
@@ -69,11 +70,16 @@ def fitted_gap(across: Floats, edges: Floats) -> Gap:
     none = np.zeros_like(bulge)
     shapes = np.concatenate([np.hstack([line, bulge, none]), np.hstack([line, none, bulge])])
     target = edges.ravel()
+    # What is seen of blunt ends comes in wedges: the ends are drawn to where the middle line leads.
+    pull = np.sqrt(PULL * len(across)) * np.eye(2, shapes.shape[1])
+    middle = np.polyval(np.polyfit(across, edges.mean(axis=0), 2), [left, right])
     outwards = np.repeat([-1.0, 1.0], len(across))
     weight = np.ones_like(target)
     for _ in range(FITS):
-        root = np.sqrt(weight)[:, None]
-        fit, *_ = np.linalg.lstsq(shapes * root, target * root[:, 0])
+        root = np.sqrt(weight)
+        fit, *_ = np.linalg.lstsq(
+            np.vstack([shapes * root[:, None], pull]), np.append(target * root, pull[:, :2] @ middle)
+        )
         away = (target - shapes @ fit) * outwards
         weight = np.where(away > 0, LIP_SIDE, 1 - LIP_SIDE) / (1 + (away / STRAY) ** 2)
     return Gap(left, right, fit[:2], fit[2:5], fit[5:])

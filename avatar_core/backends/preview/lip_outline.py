@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar_core.backends.preview.gap_outline import Gap
 from avatar_core.backends.preview.lowest_path import lowest_path
-from avatar_core.backends.preview.mouth_gap import Gap, Plane, Strip, find_gap
+from avatar_core.backends.preview.mouth_gap import Plane, Strip, find_gap
 from avatar_core.media.face import Picture
 
 Points = NDArray[np.float64]

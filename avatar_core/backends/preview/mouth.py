@@ -103,35 +103,42 @@ class Mouth:
         opening = _bounds(inside > -0.1 * self._pixel)
         if opening is None:
             return
-        lip_map = np.ascontiguousarray(layers.upper_map[opening])
-        u = warp_values(self._u, lip_map)
+        u = warp_values(self._u, np.ascontiguousarray(layers.upper_map[opening]))
         depth, height = -layers.above[opening], -layers.below[opening]
-        if self._own is None or self._own.depth is None:
-            colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
-        else:
-            lower_map = np.ascontiguousarray(layers.lower_map[opening])
-            own_lower, own_upper = (
-                warp_values(self._on_lower, lower_map),
-                warp_values(self._on_upper, lip_map),
-            )
-            deep = smoothstep(np.minimum(depth - own_upper, height - own_lower), 0, DEPTH)[..., None]
-            colours = self._own.depth * (1 - deep) + self._own.deep * deep
-            on_lower = self._reaches(own_lower, height)
-            colours = colours * (1 - on_lower) + layers.lower[opening] * on_lower
-        if self._own is not None:
-            on_upper = self._reaches(warp_values(self._on_upper, lip_map), depth)
-            colours = np.asarray(colours * (1 - on_upper) + layers.upper[opening] * on_upper, np.float32)
-        if self._own is None or self._own.depth is None:
-            colours = colours * lip_shade(depth, height)[..., None]
+        colours = self._inside(layers, opening, u, gap, wide)
         cover = smoothstep(inside[opening], -0.1 * self._pixel, 1.7 * self._pixel)
         # Thin wedges at the corners are where an outline errs first: they stay lip.
         cover = cover * smoothstep(depth + height, 0, 0.10) * (1 - smoothstep(np.abs(u), 0.97, 1.06))
         cover = cover[..., None]
         shared[opening] = np.clip(shared[opening] * (1 - cover) + colours * cover, 0, 255)
 
+    def _inside(
+        self, layers: "_Layers", opening: tuple[slice, slice], u: FloatArray, gap: float, wide: float
+    ) -> FloatArray:
+        """Colours (height, width, 3): drawn, but for what the picture shows on either jaw."""
+        depth, height = -layers.above[opening], -layers.below[opening]
+        own = self._own
+        if own is None:
+            colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
+            return np.asarray(colours * lip_shade(depth, height)[..., None], np.float32)
+        own_upper = warp_values(self._on_upper, np.ascontiguousarray(layers.upper_map[opening]))
+        on_upper = self._reaches(own_upper, depth)
+        if own.depth is None:
+            colours = draw_cavity(self._light, u, depth, height, gap, wide, self._teeth)
+            colours = colours * (1 - on_upper) + layers.upper[opening] * on_upper
+            return np.asarray(colours * lip_shade(depth, height)[..., None], np.float32)
+        own_lower = warp_values(self._on_lower, np.ascontiguousarray(layers.lower_map[opening]))
+        on_lower = self._reaches(own_lower, height)
+        far = smoothstep(np.minimum(depth - own_upper, height - own_lower), 0, DEPTH)[..., None]
+        colours = own.depth.near * (1 - far) + own.depth.far * far
+        colours = colours * (1 - on_lower) + layers.lower[opening] * on_lower
+        return np.asarray(colours * (1 - on_upper) + layers.upper[opening] * on_upper, np.float32)
+
     def _reaches(self, own: FloatArray, distance: FloatArray) -> FloatArray:
         """0..1: where `distance` from a lip is within what the picture shows there."""
-        return (1 - smoothstep(distance - own, -3.5 * self._pixel, -0.5 * self._pixel))[..., None]
+        return np.asarray(1 - smoothstep(distance - own, -3.5 * self._pixel, -0.5 * self._pixel), np.float32)[
+            ..., None
+        ]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar_core.backends.preview.gap_outline import Gap, fitted_gap, is_flaring, longest_run
 from avatar_core.backends.preview.lowest_path import lowest_path
 
 Floats = NDArray[np.float64]
@@ -17,17 +18,10 @@ Plane = NDArray[np.float32]
 
 WIDEST_GAP = 1.1  # height units; deeper valleys are not seen as one
 LEAST_GAP = 0.1  # height of a gap in its middle
-LINE_HEIGHT, LINE_LIGHTNESS = (
-    0.14,
-    0.65,
-)  # up to which a dark gap, in parts of the skin's lightness, is a line
+LINE_HEIGHT, LINE_LIGHTNESS = 0.14, 0.65  # height, and share of the skin's lightness: less is a closed mouth
 NOT_LIP, NOT_SEARCHED = -0.6, 50.0
 HOLE = 0.3  # half mouth widths without evidence that do not end a gap: gums before a dark corner
-BLUNTNESS = 0.6  # of a gap's ends: 1 an arc of a circle, less for rounder corners
-CORNERS, FLARE = 0.88, 0.06  # half mouth widths from which on a gap may not grow, and by what
 DARK_CORNER, LINE_ROWS = 0.45, 4  # of the skin's lightness; rows of a line that may not grow
-STRAY = 0.06  # height units off the edge from where on a column counts little
-LIP_SIDE, FITS = 0.8, 8  # weight of what lies on the lip's side of an edge; rounds of fitting
 
 
 @dataclass(frozen=True)
@@ -57,36 +51,6 @@ class Strip:
         """The columns of the mouth's middle half."""
         centre = self.lightness.shape[1] // 2
         return slice(centre - self.half // 2, centre + self.half // 2)
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The opening between two lips, in half mouth widths across and height units down: two curves that
-    meet at its ends `left` and `right`. `ends`: their heights there; `upper`, `lower`: polynomials."""
-
-    left: float
-    right: float
-    ends: Floats  # (2,)
-    upper: Floats  # (3,)
-    lower: Floats  # (3,)
-
-    def edges(self, across: Floats) -> tuple[Floats, Floats]:
-        """Heights of the upper and the lower edge; beyond its ends the gap has no height."""
-        line, bulge = _shapes(_within(across, self.left, self.right))
-        upper, lower = (line @ self.ends + bulge @ edge for edge in (self.upper, self.lower))
-        return upper, np.maximum(upper, lower)
-
-
-def _within(across: Floats, left: float, right: float) -> Floats:
-    """-1 at `left` and before, 1 at `right` and beyond."""
-    return np.clip((2 * across - left - right) / max(right - left, 1e-6), -1, 1)
-
-
-def _shapes(place: Floats) -> tuple[Floats, Floats]:
-    """What edges are sums of, at places -1..1: a line (n, 2) by its ends, and bulges (n, 3) of no height
-    there."""
-    line = np.stack([(1 - place) / 2, (1 + place) / 2], axis=1)
-    return line, (1 - place**2)[:, None] ** BLUNTNESS * np.vander(place, 3)
 
 
 def find_gap(strip: Strip) -> Gap | None:
@@ -129,24 +93,6 @@ def is_ragged(across: Floats, line: Floats) -> bool:
     return bool(np.sqrt((away**2).mean()) > 0.08)
 
 
-def is_flaring(across: Floats, size: Floats) -> NDArray[np.bool_]:
-    """Near and beyond the corners: where a gap, instead of closing, grows into a shadow or background."""
-    flaring = np.zeros(len(across), bool)
-    for side in (across < 0, across >= 0):
-        outwards = np.flatnonzero(side)[np.argsort(np.abs(across[side]))]
-        grown = size[outwards] > np.minimum.accumulate(size[outwards]) + FLARE
-        flaring[outwards] = np.maximum.accumulate(grown & (np.abs(across[outwards]) > CORNERS))
-    return flaring
-
-
-def longest_run(seen: NDArray[np.bool_], hole: int) -> tuple[int, int]:
-    """First and last index of the longest run of True, bridging up to `hole` False."""
-    places = np.flatnonzero(seen)
-    runs = np.split(places, np.flatnonzero(np.diff(places) > hole + 1) + 1)
-    longest = max(runs, key=len)
-    return int(longest[0]), int(longest[-1])
-
-
 def follow_dark_corner(strip: Strip, edges: NDArray[np.intp], end: int, step: int) -> NDArray[np.bool_]:
     """Columns beyond `end` where the gap goes on as a dark line that does not grow: lips are too thin there
     to show by their colour. Writes that line's first row and first row below it into `edges` (2, columns)."""
@@ -167,24 +113,6 @@ def follow_dark_corner(strip: Strip, edges: NDArray[np.intp], end: int, step: in
         most = min(most, max(bottom - top, LINE_ROWS))
         edges[:, column], followed[column] = (top, bottom), True
     return followed
-
-
-def fitted_gap(across: Floats, edges: Floats) -> Gap:
-    """Curves through the edges (2, n), leaning to the lips: gums and shaded teeth look like lip, and what
-    is left outside would stay visible when the mouth closes."""
-    left, right = float(across[0]), float(across[-1])
-    line, bulge = _shapes(_within(across, left, right))
-    none = np.zeros_like(bulge)
-    shapes = np.concatenate([np.hstack([line, bulge, none]), np.hstack([line, none, bulge])])
-    target = edges.ravel()
-    outwards = np.repeat([-1.0, 1.0], len(across))
-    weight = np.ones_like(target)
-    for _ in range(FITS):
-        root = np.sqrt(weight)[:, None]
-        fit, *_ = np.linalg.lstsq(shapes * root, target * root[:, 0])
-        away = (target - shapes @ fit) * outwards
-        weight = np.where(away > 0, LIP_SIDE, 1 - LIP_SIDE) / (1 + (away / STRAY) ** 2)
-    return Gap(left, right, fit[:2], fit[2:5], fit[5:])
 
 
 def gap_rows(strip: Strip, evidence: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -12,23 +12,30 @@ from avatar_core.backends.preview.mouth_fields import Lips
 from avatar_core.backends.preview.oral_cavity import LUMINANCE, FaceLight
 from avatar_core.backends.preview.warp import FloatArray, Picture, warp_picture
 
-ACROSS = np.linspace(-0.85, 0.85, 48)  # columns looked at, in half mouth widths
+ACROSS = np.linspace(-0.85, 0.85, 48, dtype=np.float32)  # columns looked at, in half mouth widths
 DOWN = np.linspace(0.04, 0.96, 32)  # rows looked at, in shares of the opening's height
-UPPER_JAW = (
-    0.3  # share of the height that hangs on the upper jaw at least: the shadow under the lip is dark too
-)
+# The shadow under the upper lip is dark too: so much of the height hangs on the upper jaw at least.
+UPPER_JAW = 0.3
 DARK = 0.45  # of the skin's luminance: darker is the depth of the mouth, brighter a gap between teeth
+DEEPEST = 0.13  # of the skin's luminance
 CONTRAST = 4.0  # cost of a row as bright as skin, against steps of the path
+
+
+@dataclass(frozen=True)
+class Depth:
+    """RGB of the depth of the mouth, `near` what the picture shows of it and `far` from that."""
+
+    near: FloatArray
+    far: FloatArray
 
 
 @dataclass(frozen=True)
 class OwnInside:
     """`parting`: polynomial in u of the share of the opening's height above the darkest line, which parts
-    the jaws; `depth`: RGB there, and None where teeth fill the opening, which all hang on the upper jaw."""
+    the jaws; `depth` is None where teeth fill the opening, which all hang on the upper jaw."""
 
     parting: NDArray[np.float64]
-    depth: FloatArray | None
-    deep: FloatArray | None
+    depth: Depth | None
 
     @classmethod
     def measure(cls, picture: Picture, lips: Lips, axes: FaceAxes, light: FaceLight) -> "OwnInside":
@@ -38,14 +45,16 @@ class OwnInside:
         places = axes.mouth.to_picture(uv.reshape(-1, 2)).reshape(uv.shape)
         inside = warp_picture(picture, places.astype(np.float32), cv2.INTER_LINEAR)
         brightness = cv2.GaussianBlur(inside.astype(np.float32) @ LUMINANCE, (0, 0), 1) / light.skin
-        path = lowest_path(CONTRAST * brightness + np.where(DOWN < UPPER_JAW, 99.0, 0.0)[:, None])
+        cost = CONTRAST * brightness + np.where(DOWN < UPPER_JAW, 99.0, 0.0)[:, None]
+        path = lowest_path(cost.astype(np.float64))
         columns = np.arange(len(ACROSS))
         if np.median(brightness[path, columns]) > DARK:
-            return cls(np.ones(1), None, None)
+            return cls(np.ones(1), None)
         parting = np.polyfit(ACROSS, DOWN[path], 2, w=np.maximum(height, 1e-3))
-        depth = np.median(inside[path, columns], axis=0).astype(np.float32)
-        deep = depth * min(1.0, 0.13 * light.skin / max(float(depth @ LUMINANCE), 1.0))
-        return cls(parting, depth, deep.astype(np.float32))
+        near = np.median(inside[path, columns], axis=0).astype(np.float32)
+        far = near * np.float32(min(1.0, DEEPEST * light.skin / max(float(near @ LUMINANCE), 1.0)))
+        return cls(parting, Depth(near, far))
 
     def upper_share(self, u: FloatArray) -> FloatArray:
+        """Share of the opening's height that hangs on the upper jaw, 0..1."""
         return np.clip(np.polyval(self.parting, np.clip(u, ACROSS[0], ACROSS[-1])), 0, 1).astype(np.float32)

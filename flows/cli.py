@@ -436,8 +436,8 @@ def _run_command() -> int:
 def _explained(error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and working_directory_is_gone():
         return "the working directory was deleted; change to another one"
-    about = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{about}"
+    about = error.filename2 or error.filename
+    return f"{error.strerror or error}: {about}" if about else str(error.strerror or error)
 
 
 def _print_error(text: str) -> None:

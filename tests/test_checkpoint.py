@@ -241,6 +241,15 @@ def test_writing_again_replaces_the_folder(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_a_link_to_the_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "out").symlink_to("large-disk")
+    for _ in range(2):
+        write_shards(fused(), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert read_checkpoint(tmp_path / "large-disk").keys() == fused().keys()
+
+
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError, match="cannot be written to"):

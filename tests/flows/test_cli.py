@@ -496,6 +496,15 @@ def test_random_weights_are_written_and_converted(
     assert "backends with such weights: hunyuan" in output
 
 
+def test_random_weights_want_a_folder(avatar: RunAvatar, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for backend in ("hunyuan", "ditto", "kokoro"):
+        code, output = avatar("weights", "tiny", backend, file)
+        assert (code, output) == (2, f"error: {file} is a file; give an empty or absent folder\n")
+    assert file.read_text() == "kept"
+
+
 def test_metadata_lists_what_the_command_printed(avatar: RunAvatar, rendered: Rendered, store: Path) -> None:
     _, output = avatar("render", rendered.table, f"storage.root={store}")
     metadata = pd.read_parquet(store / "datasets/batch/metadata.parquet")

@@ -55,6 +55,15 @@ def test_command_converts_and_the_reader_gives_it_back(home: Path, published: di
     assert config.condition == dict.fromkeys(["use_emo", "use_eye_open", "use_eye_ball", "use_sc"], True)
 
 
+def test_a_link_to_the_folder_stays(published: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "config").symlink_to("large-disk")
+    for _ in range(2):
+        write_config(published, tmp_path / "config")
+    assert (tmp_path / "config").is_symlink()
+    assert {path.name for path in (tmp_path / "large-disk").iterdir()} == {SETTINGS, ARRAYS}
+
+
 def test_files_are_text_and_arrays_only(home: Path) -> None:
     folder = convert("ditto/config")
     assert {path.name for path in folder.iterdir()} >= {SETTINGS, ARRAYS}

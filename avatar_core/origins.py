@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ _MADE_FROM = (*PATHS, "tts_text", "voice", "voice_2", "cond_image", "cond_audio"
 
 @dataclass(frozen=True)
 class Replacement:
-    """A dataset becomes that of another origin. That is `allowed` where the table before is gone, or nothing
-    is lost."""
+    """A dataset becomes that of another origin. That is `allowed` where the table before, or each file of the
+    rows before, is gone, or where nothing is lost."""
 
     message: str
     allowed: bool
@@ -76,7 +76,8 @@ def _replacement(file: pq.ParquetFile, batch: Batch, dataset: str) -> Replacemen
         return None
     old = _shown(before) or told.get(_ROWS, b"a list of rows").decode()
     new = _shown(config.table or "") or _called(config)
-    is_gone = bool(before) and not _is_there(before, config.storage.options)
+    options = config.storage.options
+    is_gone = not _is_there(before, options) if before else _are_gone(_paths(file), options)
     if is_gone or _keeps_all(file.read(["name", "decode_key"]), batch.clips):
         message = (
             f"dataset `{batch.name}` was made from {old} and now becomes that of {new}; "
@@ -131,6 +132,18 @@ def _is_there(table: str, options: Mapping[str, Any]) -> bool:
         return False
     except Exception:  # every fsspec file system has its own exception types
         return True
+
+
+def _are_gone(places: Iterable[str], options: Mapping[str, Any]) -> bool:
+    """Of rows that were moved none of the files is where it was."""
+    places = set(places)
+    return bool(places) and not any(_is_there(place, options) for place in places)
+
+
+def _paths(file: pq.ParquetFile) -> Iterator[str]:
+    for name in file.schema_arrow.names:
+        if name.lower() in PATHS:
+            yield from (as_text(cell) for cell in _cells(file.read([name])[name]) if not is_absent(cell))
 
 
 def _shares_a_row(file: pq.ParquetFile, rows: Iterable[Mapping[str, Any]]) -> bool:

@@ -173,6 +173,17 @@ def test_a_table_that_was_moved_takes_its_dataset_along(folders: tuple[Path, Pat
     assert watcher.warnings == []
 
 
+def test_a_pair_that_was_moved_takes_its_dataset_along(folders: tuple[Path, Path]) -> None:
+    of_rows(folders[0], ROWS, takes=2)
+    moved = folders[0].rename(folders[0].parent / "C")
+    watcher = Watcher()
+    rows = [{name: moved / value for name, value in ROWS[0].items()}]
+    result = render(config(moved, rows=rows), watcher)
+    assert list(videos(result.dataset)) == ["face-speech.mp4"]
+    (warning,) = watcher.warnings
+    assert warning.startswith(f"dataset `face-speech` was made from {folders[0]}/face.jpg with ")
+
+
 @pytest.mark.parametrize("rows", [ROWS, [TWO[1], TWO[0]]])
 def test_a_copy_that_makes_all_clips_again_loses_none(
     folders: tuple[Path, Path], rows: list[dict[str, Any]]

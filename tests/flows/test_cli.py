@@ -382,7 +382,7 @@ def test_every_command_finds_files_of_ones_own(
     assert "files checked, 0 damaged or missing" in output
     assert "batch" in avatar("status", *own)[1]
     assert avatar("gc", *own)[0] == 0
-    assert str(store) in avatar("doctor", *own)[1]
+    assert str(store) in "".join(avatar("doctor", *own)[1].split())  # a long path is folded
     monkeypatch.setenv("AVATAR_CONFIG_DIR", str(tmp_path))
     assert "4 of 4 clips" in avatar("rerun", "batch", "storage=mine")[1]
 

@@ -99,7 +99,7 @@ UNKNOWN = {
 }
 WRONG = {
     "video.fps=abc": "give a number from 1 to 120 (got 'abc')",
-    "video.crf=99": "give a whole number from 0 to 51 (got 99)",
+    "video.crf=99": "give a whole number from 1 to 51 (got 99)",
     "video.max_side=": "give a whole number from 64 to 8192 (got '')",
     "seed=-1": "give a whole number at least 0 and below 9223372036854775808 (got -1)",
     "limit=x(y": "give a whole number at least 1, or null (got 'x(y')",

@@ -244,7 +244,7 @@ def test_an_unknown_file_is_answered_with_those_there_are(own: Path) -> None:
         ("storage: {rot: hunter2}", ": unknown option `storage.rot`; did you mean `storage.root`?"),
         ("storage: {options: hunter2}", ": option `storage.options`: give a mapping such as {name: value}"),
         ("storage: [hunter2]", ": unknown storage "),
-        ("video: {crf: 99}", ": option `video.crf`: give a whole number from 0 to 51 (got 99)"),
+        ("video: {crf: 99}", ": option `video.crf`: give a whole number from 1 to 51 (got 99)"),
         (
             "video: 3",
             ": option `video`: give the options in it by name (fps, max_side, crf, x264_preset) (got 3)",

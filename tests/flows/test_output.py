@@ -53,6 +53,7 @@ def finished(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def pair(files: list[Path], finished: Path, tmp_path: Path) -> list[str]:
     """The words that render the finished pair, from files and a store that are this test's own."""
     store = shutil.copytree(finished, tmp_path / "store")
+    shutil.rmtree(store / "datasets")  # made from other files, as far as their paths tell
     return [*(str(shutil.copy2(file, tmp_path)) for file in files), f"storage.root={store}"]
 
 
@@ -143,14 +144,19 @@ def test_permissions_of_a_file_stay(to: Render, video: bytes) -> None:
 
 
 def test_a_write_that_fails_leaves_what_was_there(
-    files: list[Path], pair: list[str], video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[Path],
+    finished: Path,
+    video: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No file may become as large as the video; those of the store are smaller."""
+    """No file may become as large as the video; those of the store are there already."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "store")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/out.mp4").write_bytes(b"old")
     limited = f'ulimit -f {len(video) // 1024 - 1}; exec {sys.executable} -m flows.cli render "$@"'
-    words = [*map(str, files), pair[-1], "-o", "out/out.mp4"]
+    words = [*map(str, files), f"storage.root={tmp_path / 'store'}", "-o", "out/out.mp4"]
     done = subprocess.run(
         ["bash", "-c", limited, "bash", *words], capture_output=True, text=True, check=False
     )

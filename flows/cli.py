@@ -230,12 +230,12 @@ def up(
 ) -> None:
     """Start a Prefect server in the background: renders then show in its web pages."""
     from flows.alive import crash_lost_runs
-    from flows.prefect_client import load_prefect
+    from flows.prefect_client import import_prefect
     from flows.server import start_server, stop_server
     from flows.status_view import print_server
     from flows.worker import ensure_work_pool
 
-    load_prefect()  # a server with settings that are wrong would end with a traceback in its log
+    import_prefect()  # a server with settings that are wrong would end with a traceback in its log
     server, fresh = start_server(host, port)
     try:
         ensure_work_pool(server.api_url)

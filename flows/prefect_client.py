@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def load_prefect(api_url: str | None = None) -> None:
-    """Imports it and makes sure that its client can be made, for `api_url` or what its settings name.
+    """Imports Prefect and makes sure that its client can be made, for `api_url` or what its settings name.
 
     Raises `ConfigError` where a setting or a proxy is wrong.
     """
-    _import_quietly()
+    import_prefect()
     from prefect.settings import get_current_settings
 
     url = api_url or get_current_settings().api.url
@@ -61,8 +61,8 @@ def without_login(url: str) -> str:
     return f"{login.partition('://')[0]}://{place}" if separator else url
 
 
-def _import_quietly() -> None:
-    """What Prefect says of wrong settings, in many lines and before it raises, is said by our error."""
+def import_prefect() -> None:
+    """Raises `ConfigError` where a setting is wrong, in place of the many lines that Prefect prints."""
     certificates = os.environ.get("SSL_CERT_FILE")
     if certificates and not Path(certificates).is_file():
         raise ConfigError(f"SSL_CERT_FILE={certificates}: no such file; mend or unset it")

@@ -193,6 +193,7 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("case", PICTURES)
 def test_a_bad_picture_fails_its_row(
     avatar: RunAvatar, inputs: Path, shared_store: Path, tmp_path: Path, case: str

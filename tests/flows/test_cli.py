@@ -370,6 +370,7 @@ def test_a_batch_file_of_ones_own(avatar: RunAvatar, rendered: Rendered, store: 
     assert "1 of 1 clips" in output
 
 
+@pytest.mark.drill
 def test_every_command_finds_files_of_ones_own(
     avatar: RunAvatar, rendered: Rendered, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +388,7 @@ def test_every_command_finds_files_of_ones_own(
     assert "4 of 4 clips" in avatar("rerun", "batch", "storage=mine")[1]
 
 
+@pytest.mark.drill
 def test_a_pair_may_take_its_options_from_a_batch_file(
     avatar: RunAvatar, inputs: Path, rendered: Rendered, store: Path, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_permissions_of_a_file_stay(to: Render, video: bytes) -> None:
     assert stat.S_IMODE(out.stat().st_mode) == 0o640
 
 
+@pytest.mark.drill
 def test_a_write_that_fails_leaves_what_was_there(
     files: list[Path],
     finished: Path,
@@ -321,6 +322,7 @@ def test_standard_output_gets_the_video_alone(pair: list[str], video: bytes, giv
     assert b"written to standard output\n" in errors
 
 
+@pytest.mark.drill
 def test_the_file_that_standard_output_goes_to(pair: list[str], video: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
     with out.open("wb") as file, process(pair, "-o", str(out), stdout=file) as running:
@@ -329,6 +331,7 @@ def test_the_file_that_standard_output_goes_to(pair: list[str], video: bytes, tm
     assert out.read_bytes() == video
 
 
+@pytest.mark.drill
 def test_a_terminal_gets_no_video(pair: list[str]) -> None:
     ours, theirs = pty.openpty()
     for given in ("-", os.ttyname(theirs)):
@@ -351,6 +354,7 @@ def test_a_closed_standard_output_gets_no_video(pair: list[str], tmp_path: Path)
     assert done.stderr == "error: -o -: standard output is closed; give a file or a folder\n"
 
 
+@pytest.mark.drill
 def test_a_reader_that_leaves_ends_quietly(pair: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)

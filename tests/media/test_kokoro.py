@@ -74,6 +74,7 @@ def test_one_voice_says_the_whole_text(speaker: kokoro.Speaker) -> None:
     assert 0.001 < np.abs(short).mean() < 0.5
 
 
+@pytest.mark.drill
 @needs_kokoro
 def test_it_sounds_the_same_every_time(weights: Path, speaker: kokoro.Speaker) -> None:
     (first,) = speaker.tracks("Hola.", ("ef_dora",))
@@ -86,6 +87,7 @@ def test_it_sounds_the_same_every_time(weights: Path, speaker: kokoro.Speaker) -
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.drill
 @needs_kokoro
 def test_a_turn_is_silence_for_the_other(speaker: kokoro.Speaker) -> None:
     (first,) = speaker.tracks("Hola.", ("ef_dora",))
@@ -165,6 +167,7 @@ def test_a_model_that_is_none(weights: Path, tmp_path: Path, damage: str, messag
         kokoro.Speaker(tmp_path, weights / "voices")
 
 
+@pytest.mark.drill
 @needs_kokoro
 @pytest.mark.parametrize("content", [torch.zeros(3, 256), {"a": torch.zeros(1)}, None])
 def test_a_voice_that_is_none(weights: Path, tmp_path: Path, content: object) -> None:

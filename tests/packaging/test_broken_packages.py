@@ -26,13 +26,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(stubs), "AVATAR_WEIGHTS": str(tmp_path / "weights")}
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        pytest.param([], id="preview"),
-        pytest.param(["backend=hunyuan", "preset=tiny"], marks=pytest.mark.drill, id="hunyuan"),
-    ],
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("choice", [[], ["backend=hunyuan", "preset=tiny"]], ids=["preview", "hunyuan"])
 def test_clip_is_rendered_beside_broken_packages(
     tmp_path: Path, environment: dict[str, str], choice: list[str]
 ) -> None:

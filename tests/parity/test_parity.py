@@ -60,6 +60,7 @@ def test_no_required_case_is_absent(backend: str) -> None:
     assert parity_of(backend).absent() == []
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("backend", "perturbation"), [(b, name) for b in BACKENDS for name in perturbations(b)]
 )

@@ -103,6 +103,7 @@ def test_what_the_reference_cannot_make(duration_s, fps):
         parity_num_frames(duration_s, fps)
 
 
+@pytest.mark.drill
 def test_resampling_is_that_of_librosa_s_reader(tmp_path):
     recording = speech(0.5, 22_050)
     soundfile.write(tmp_path / "a.wav", recording, 22_050, subtype="FLOAT")

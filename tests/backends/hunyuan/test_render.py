@@ -177,6 +177,7 @@ def test_options_that_are_no_content_change_no_key(tiny: Path, base: Path, tmp_p
     assert keys(base, tmp_path, backend(steps=3))["denoise"] != expected["denoise"]
 
 
+@pytest.mark.drill
 def test_every_memory_level_renders_the_same_clip(
     done: tuple[Result, Watcher, Path], base: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_one_changed_tensor_changes_the_video_and_no_earlier_key(
     assert np.abs(frames(result, "base") - frames(done[0], "base")).max() > 0
 
 
+@pytest.mark.drill
 def test_converted_weights_give_the_same_keys_and_videos(
     done: tuple[Result, Watcher, Path], own_tiny: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -239,12 +241,14 @@ def rates(folder: Path) -> Path:
     return write_table(folder / "rates.csv", rows)
 
 
+@pytest.mark.drill
 def test_any_frame_rate(tiny: Path, rates: Path, tmp_path: Path) -> None:
     result = render_table(rates, tmp_path, backend=backend())
     assert result.metadata["num_frames"].tolist() == [25, 13, 30]
     assert [len(frames(result, name)) for name in result.metadata["name"]] == [25, 13, 30]
 
 
+@pytest.mark.drill
 def test_parity_knows_two_frame_rates(tiny: Path, rates: Path, tmp_path: Path) -> None:
     """It counts 25 frames a second whatever the rate."""
     result = render_table(rates, tmp_path, backend=backend(mode="parity"))

@@ -227,6 +227,7 @@ def test_converted_weights_give_the_same_keys_and_videos(
     assert videos(result.dataset)["base.mp4"] == videos(done[0].dataset)["base.mp4"]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     "options",
     [
@@ -257,6 +258,7 @@ def test_other_ways_render_under_keys_of_their_own(
 # --- parity, rows that cannot be
 
 
+@pytest.mark.drill
 def test_parity_is_three_frames_shorter(tiny: Path, folder: Path, tmp_path: Path) -> None:
     rows = [BASE, {**PAIR, "name": "pair"}, {**BASE, "name": "fps", "fps": 30.0}]
     table = write_table(folder / "parity.csv", rows)

@@ -153,7 +153,7 @@ class Machine:
         return Usage(cpu_s, wall_s, peak, started_s)
 
     def _reap(self) -> None:
-        """Waits for what the command left behind, such as Prefect's temporary server."""
+        """Waits for what the command left behind."""
         deadline_s = time.monotonic() + END_TIMEOUT_S
         while left := _children(os.getpid()) - self._kept:
             if time.monotonic() > deadline_s:
@@ -413,7 +413,7 @@ def _usage(usage: Usage) -> str:
 
 TESTS = {"A": overhead, "B": crash, "C": pipelining, "D": large}
 WITH_SERVER = ("B", "C")
-"""The others start the temporary one with each run."""
+"""The others run without one."""
 
 
 def main() -> None:

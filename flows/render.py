@@ -18,10 +18,8 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
-from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled as CancelledState
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -46,7 +44,6 @@ log = logging.getLogger(__name__)
 UPDATE_INTERVAL_S = 2.0
 MAX_SHOWN_AT_ONCE = 32  # task runs; each takes a thread until its shard has ended
 SETTLE_S = 15.0  # without a word from the last task runs
-SEND_TIMEOUT_S = 10.0
 FAILURES_SHOWN = 500
 
 _handed_over: ContextVar[Execution | None] = ContextVar("handed_over", default=None)
@@ -153,12 +150,6 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             yield stopped
     else:
         yield lambda: False
-
-
-def send_what_is_left() -> None:
-    """Logs and states are sent in the background; call before a server ends with the process."""
-    for worker in (EventsWorker, APILogWorker):
-        worker.drain_all(timeout=SEND_TIMEOUT_S)
 
 
 # --- what Prefect shows

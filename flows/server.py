@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,6 +91,25 @@ def server_environment() -> dict[str, str]:
     # Prefect's links would lead to its older pages, the address alone leads to the newer ones.
     pages = os.environ.get("PREFECT_UI_URL") or f"{server.address}/v2"
     return {"PREFECT_API_URL": server.api_url, "PREFECT_UI_URL": pages}
+
+
+def names_server() -> bool:
+    """Whether there is a Prefect server: that of PREFECT_API_URL, of `avatar up`, or of the user's profile,
+    which is read without importing Prefect. True also where that cannot be read: Prefect will say why."""
+    return bool(os.environ.get("PREFECT_API_URL") or server_environment() or _profile_names_server())
+
+
+def _profile_names_server() -> bool:
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        profile = values["profiles"].get(os.environ.get("PREFECT_PROFILE") or values.get("active"), {})
+        return bool(profile.get("PREFECT_API_URL"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return True
 
 
 def answers(api_url: str) -> bool:

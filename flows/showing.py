@@ -8,13 +8,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from avatar_core.errors import AvatarError, ConfigError
 from flows.execution import Execution
-from flows.server import answers, server_environment
+from flows.server import answers, names_server, server_environment
 
 if TYPE_CHECKING:
     from avatar_core.batch import Batch
@@ -27,11 +26,13 @@ _THREAD = "showing"
 
 
 def run_shown(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
-    """Begins the work at once; Prefect shows it from when it is there.
+    """Begins the work at once; a Prefect server, where there is one, shows it from when Prefect is imported.
 
     Raises what the work ended with, and `ConfigError` where the user's own server does not answer.
     """
     with Execution(batch, run_id, view, stopped) as execution:
+        if not names_server():
+            return execution.result()
         showing = _Showing(execution, view)
         showing.start()
         try:
@@ -57,11 +58,10 @@ class _Showing(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self._server() as missing:
-                if missing:
-                    self._view.warning(f"{missing}; the batch goes on without it")
-                else:
-                    self._show()
+            if missing := self._find_server():
+                self._view.warning(f"{missing}; the batch goes on without it")
+            else:
+                self._show()
         except AvatarError as error:
             self._refusal = error
             self._execution.stop()
@@ -78,52 +78,35 @@ class _Showing(threading.Thread):
             lost = "was not told of the end" if execution.ended else "does not show this run, which goes on"
             self._view.warning(f"the Prefect server {lost}: {error}")
 
-    @contextmanager
-    def _server(self) -> Iterator[AvatarError | None]:
-        """That of the user, of `avatar up`, or one for this run alone; gives why that one is missing."""
+    def _find_server(self) -> AvatarError | None:
+        """Waits until the user's server, or that of `avatar up`, can be told; gives why it cannot."""
         from flows.prefect_client import load_prefect
-        from flows.temporary_server import TemporaryServer
         from tasks import set_prefect_defaults
 
         os.environ.update(server_environment())
         set_prefect_defaults()
-        if (
-            "PREFECT_API_URL" in os.environ
-        ):  # soon there: on few cores it would slow down the start of the queues
-            self._execution.wait_until_under_way(HEAD_START_S)
+        self._execution.wait_until_under_way(HEAD_START_S)  # Prefect would slow down the start of the queues
         try:
             load_prefect()
         except AvatarError as error:
-            yield error
-            return
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+            return error
+        from prefect.settings import PREFECT_API_URL
 
         # Its own log goes to its server; here the view shows what counts.
         logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        if url := PREFECT_API_URL.value():
-            self._url = url
-            _check_server(url)
-            yield None
-            return
-        with TemporaryServer() as server:
-            import flows.render  # takes as long as the server does
-
-            try:
-                self._url = server.wait()
-            except AvatarError as error:
-                yield error
-                return
-            with temporary_settings({PREFECT_API_URL: self._url}):
-                yield None
-                flows.render.send_what_is_left()
+        self._url = PREFECT_API_URL.value()
+        if not self._url:
+            return AvatarError("Prefect's settings name no server")
+        _check_server(self._url)
+        return None
 
     def end(self, stopped: Callable[[], bool]) -> None:
         """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting."""
         was_stopped, deadline_s = stopped(), time.monotonic() + REPORT_S
         while self.is_alive() and time.monotonic() < deadline_s and stopped() == was_stopped:
             self.join(0.2)
-            if self._url is None or answers(self._url):  # None: it is being started
+            if self._url is None or answers(self._url):  # None: Prefect is being imported
                 deadline_s = time.monotonic() + REPORT_S
         if self._refusal:
             raise self._refusal

@@ -5,13 +5,10 @@ import os
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     # The recorder writes one task run at a time by default and falls behind.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",  # of the temporary one, which would write into the terminal
     "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # it tells in the terminal of every unsent event
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def serverless(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Where no Prefect server is known; `folder` has the state."""
+    rest = {name: value for name, value in environment.items() if name != "PREFECT_API_URL"}
+    return rest | {"AVATAR_STATE_DIR": str(folder / "state"), "PREFECT_HOME": str(folder / "prefect")}
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,9 @@ def test_without_lost_runs_no_prefect_is_imported(state: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_run_on_a_temporary_server_leaves_no_trace(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_prefect_s_own_temporary_server_leaves_no_trace(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flows.alive import mark_alive
 
     monkeypatch.delenv("PREFECT_API_URL", raising=False)

@@ -22,10 +22,10 @@ from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
-from flows.server import answers
-from tests.flows.conftest import PrefectServer
+from flows.server import Server, start_server, stop_server
+from tests.flows.conftest import PrefectServer, free_port, serverless
 from tests.flows.windowed_backend import WindowedBackend
-from tests.processes import descendants, kill_tree, until
+from tests.processes import kill_tree, until
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
 from tests.watch import Call, Watch
 
@@ -177,29 +177,32 @@ def test_a_run_killed_at_any_item_goes_on_where_it_was(runs: Runs, unbroken: Run
     expect_completed(runs, unbroken)
 
 
-def with_temporary_server(runs: Runs) -> Runs:
-    base = runs.base | {"AVATAR_STATE_DIR": str(runs.folder / "state")}
-    del base["PREFECT_API_URL"]
-    return replace(runs, base=base)
-
-
 @pytest.mark.drill
-def test_a_run_killed_with_its_temporary_server_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
-    runs = with_temporary_server(runs)
+def test_a_run_without_a_server_that_is_killed_goes_on_where_it_was(runs: Runs, unbroken: Runs) -> None:
+    runs = replace(runs, base=serverless(runs.base, runs.folder))
     kill_and_go_on(runs, [("denoise", 3), ("decode", 7)])
     expect_completed(runs, unbroken)
 
 
+@pytest.fixture
+def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """One that may be killed."""
+    monkeypatch.setenv("AVATAR_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "home"))
+    server, _ = start_server(port=free_port())
+    yield server
+    stop_server()
+
+
 @pytest.mark.drill
-def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -> None:
+def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs, own_server: Server) -> None:
     """With Prefect's own settings, which let it try for minutes to tell a dead server of each task run."""
-    runs = with_temporary_server(runs)
+    runs = replace(runs, base=runs.base | {"PREFECT_API_URL": own_server.api_url})
     runs.watch.hold_at("denoise")
     process = runs.start()
     runs.watch.until_held(process)
-    (server,) = until(lambda: [pid for pid in descendants(process.pid) if is_server(pid)], [process])
-    until(lambda: has_flow_run(server), [process], PATIENCE_S)
-    os.kill(server, signal.SIGKILL)
+    until(lambda: has_flow_run(own_server), [process], PATIENCE_S)
+    os.killpg(own_server.pid, signal.SIGKILL)
     runs.watch.release()
     until((runs.store / "datasets/batch/metadata.parquet").exists, [process])
     output, _ = process.communicate(timeout=END_S)
@@ -207,18 +210,9 @@ def test_a_run_does_not_wait_for_its_killed_server(runs: Runs, unbroken: Runs) -
     assert runs.videos == unbroken.videos
 
 
-def command_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-
-
-def is_server(pid: int) -> bool:
-    return any("create_app" in word for word in command_of(pid))
-
-
-def has_flow_run(server: int) -> bool:
-    words = command_of(server)
-    api = f"http://127.0.0.1:{words[words.index('--port') + 1]}/api"
-    return answers(api) and bool(httpx.post(f"{api}/flow_runs/filter", json={}, timeout=PATIENCE_S).json())
+def has_flow_run(server: Server) -> bool:
+    response = httpx.post(f"{server.api_url}/flow_runs/filter", json={}, timeout=PATIENCE_S)
+    return bool(response.raise_for_status().json())
 
 
 @pytest.mark.drill

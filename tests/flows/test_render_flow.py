@@ -1,4 +1,4 @@
-"""The flow against a real Prefect server, and with the temporary one."""
+"""The flow against a real Prefect server, and the command with a server and without."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
-from tests.flows.conftest import PrefectServer
+from tests.flows.conftest import PrefectServer, serverless
 from tests.processes import until
 from tests.sample_rows import (
     Rendered,
@@ -38,16 +38,19 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 @pytest.fixture
 def flow(prefect_server: PrefectServer) -> Iterator[Callable[..., Any]]:
     """Runs the flow in this process against the server; gives its final state."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.render import render_dataset, send_what_is_left
+    from flows.render import render_dataset
 
     def run(table: Path, root: Path, *overrides: str) -> Any:
         return render_dataset(str(table), [f"storage.root={root}", *overrides], return_state=True)
 
     with temporary_settings({PREFECT_API_URL: f"{prefect_server.address}/api"}):
         yield run
-        send_what_is_left()
+        for worker in (EventsWorker, APILogWorker):  # they send in the background
+            worker.drain_all(timeout=10)
 
 
 class Seen:
@@ -331,19 +334,54 @@ def test_a_server_that_is_not_there_is_one_line(
     assert "Traceback" not in output
 
 
+def renders_without_prefect(table: Path, root: Path, environment: dict[str, str]) -> str:
+    """What the command printed."""
+    code = (
+        "import sys; from flows.cli import app; app(standalone_mode=False); print('prefect' in sys.modules)"
+    )
+    words = ["render", str(table), f"storage.root={root}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    return done.stdout
+
+
 @pytest.mark.drill
 def test_nothing_to_do_does_without_prefect(
     prefect_server: PrefectServer, rendered: Rendered, store: Path
 ) -> None:
-    code = (
-        "import sys; from flows.cli import app; app(standalone_mode=False); print('prefect' in sys.modules)"
-    )
-    words = ["render", str(rendered.table), f"storage.root={store}"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "False"
-    assert "4 of 4 clips" in done.stdout
+    assert "4 of 4 clips" in renders_without_prefect(rendered.table, store, prefect_server.environment)
+
+
+def test_without_a_server_no_prefect_is_started(rendered: Rendered, tmp_path: Path) -> None:
+    """Nor where Prefect's own settings name none."""
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect/profiles.toml").write_text('active = "local"\n[profiles.local]\n')
+    environment = serverless(os.environ, tmp_path)
+    assert "4 of 4 clips" in renders_without_prefect(rendered.table, tmp_path / "store", environment)
+    assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)
+
+
+@pytest.mark.drill
+def test_a_server_of_the_users_profile_shows_the_run(
+    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
+) -> None:
+    environment = serverless(prefect_server.environment, tmp_path)
+    (tmp_path / "prefect").mkdir()
+    profile = f'[profiles.mine]\nPREFECT_API_URL = "{prefect_server.address}/api"\n'
+    (tmp_path / "prefect/profiles.toml").write_text(f'active = "mine"\n{profile}')
+    process = avatar(environment, "render", rendered.table, f"storage.root={tmp_path / 'store'}")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    name = next((tmp_path / "store/runs").iterdir()).name
+    found = prefect_server.post("flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
+    assert [run["state_type"] for run in found] == ["COMPLETED"]
 
 
 @pytest.mark.drill
@@ -351,11 +389,10 @@ def test_nothing_to_do_does_without_prefect(
 def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
     prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """The first with the temporary server, which gets Ctrl-C as well, as in a terminal."""
-    environment = dict(prefect_server.environment)
+    """The first without a server; its children get Ctrl-C as well, as in a terminal."""
+    environment = prefect_server.environment
     if number == signal.SIGINT:
-        del environment["PREFECT_API_URL"]
-        environment["AVATAR_STATE_DIR"] = str(tmp_path / "state")
+        environment = serverless(environment, tmp_path)
     words = ("render", rendered.table, f"storage.root={tmp_path / 'store'}")
     watch = Watch(tmp_path / "watch")
     watch.hold_at("reference")
@@ -373,20 +410,4 @@ def test_a_signal_stops_at_the_next_item_and_the_same_command_goes_on(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert attempts(tmp_path / "store", "face")["key"].tolist().count(kept[0]) == 1
-    assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)
-
-
-@pytest.mark.drill
-def test_a_batch_is_done_without_prefect_where_its_temporary_server_does_not_start(
-    prefect_server: PrefectServer, rendered: Rendered, tmp_path: Path
-) -> None:
-    environment = dict(prefect_server.environment)
-    del environment["PREFECT_API_URL"]
-    environment["AVATAR_STATE_DIR"] = str(tmp_path / "state")
-    environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = "sqlite+aiosqlite:////proc/nowhere/prefect.db"
-    process = avatar(environment, "render", rendered.table, f"storage.root={tmp_path / 'store'}")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "temporary server did not start" in output
-    assert "the batch goes on without it" in output
     assert videos(tmp_path / "store/datasets/batch") == videos(rendered.result.dataset)

@@ -245,6 +245,7 @@ def test_a_run_with_bad_rows_ends_without_a_traceback(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.drill
 def test_a_run_finds_batch_files_in_the_folder_that_its_worker_names(
     prefect_server: PrefectServer,
     deployments: dict[str, Any],

@@ -93,6 +93,7 @@ def test_a_render_does_not_depend_on_prefect(
     assert all(str(warning) in line and "the batch goes on without it" in line for line in warnings)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [

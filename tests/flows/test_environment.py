@@ -58,6 +58,7 @@ def shell(
 # --- standard output
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk_behind_standard_output(command: str, words: dict[str, str]) -> None:
     done = shell("avatar > /dev/full", command, words)
@@ -74,6 +75,7 @@ def test_a_reader_that_has_left(command: str, words: dict[str, str]) -> None:
     assert "error" not in done.stderr
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("command", ["--version", "render TABLE ROOT"])
 def test_closed_streams(command: str, words: dict[str, str]) -> None:
     for line in ("avatar <&- >&- 2>&-", "avatar > /dev/null 2> /dev/full"):
@@ -110,6 +112,7 @@ def test_a_working_directory_that_cannot_be_written(words: dict[str, str]) -> No
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -145,6 +148,7 @@ def test_relative_folders_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 # --- width and letters
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("columns", ["0", "1", "-5", "abc", "²", "1000000000", "", " "])
 @pytest.mark.parametrize("command", ["--help", "status ROOT"])
 def test_a_width_that_is_none(words: dict[str, str], columns: str, command: str) -> None:

@@ -143,6 +143,7 @@ def test_a_text_that_cannot_be_said(speaker: kokoro.Speaker) -> None:
         speaker.tracks("hola " * 200, ("ef_dora",))
 
 
+@pytest.mark.drill
 @needs_kokoro
 @pytest.mark.parametrize(
     ("damage", "message"),

@@ -90,6 +90,7 @@ def test_recordings_of_different_rates_share_a_timeline(tmp_path: Path) -> None:
         assert [len(track) for track in speaker_tracks(paths, "add", rate)] == [2 * rate] * 2
 
 
+@pytest.mark.drill
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     paths = [write(tmp_path / "one.wav", 0.5, 120.0), write(tmp_path / "two.wav", 0.5, 60.0)]
     for block in mix_blocks(paths, "add", RATE, 1, duration_s=0.1):

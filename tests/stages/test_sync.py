@@ -67,16 +67,19 @@ def test_a_rendered_clip_is_in_sync(score: SyncScore) -> None:
     assert score.spread >= 0.02
 
 
+@pytest.mark.drill
 def test_a_frozen_mouth_on_a_nodding_head_scores_low(tmp_path: Path) -> None:
     frozen = measure_sync(render(tmp_path / "frozen.mp4", mouth_gain=0), face_points())
     assert frozen.r <= 0.4
     assert frozen.spread < 0.02
 
 
+@pytest.mark.drill
 def test_reversed_sound_scores_low(video: Path) -> None:
     assert measure_sync(video, face_points(), audio=speech()[::-1].copy()).r <= 0.4
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("shift_frames", [-3, 3])
 def test_shifted_sound_is_found(video: Path, score: SyncScore, shift_frames: int) -> None:
     late = np.roll(speech(), shift_frames * FRAME_SAMPLES)

@@ -11,7 +11,10 @@ from avatar_core.backends.ditto.warp import WarpingNetwork
 from tests.backends.ditto.toy import DECODER, WARP
 
 
-@pytest.mark.parametrize(("side", "expected"), [(16, [4]), (64, [1, 1, 1, 1]), (32, [2, 2])])
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [(16, [4]), pytest.param(64, [1, 1, 1, 1], marks=pytest.mark.drill), (32, [2, 2])],
+)
 def test_large_volumes_are_rendered_in_parts(side: int, expected: list[int]) -> None:
     torch.manual_seed(0)
     warping, decoder = WarpingNetwork(replace(WARP, feature_channels=32, depth=16)), SpadeDecoder(DECODER)

@@ -220,6 +220,7 @@ def test_converted_weights_give_the_same_keys_and_videos(
     assert videos(result.dataset)["base.mp4"] == videos(done[0].dataset)["base.mp4"]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("transformer", ["fp8", "fp8_cast"])
 def test_float8_weights_render_under_keys_of_their_own(
     done: tuple[Result, Watcher, Path], base: Path, tmp_path: Path, transformer: str

@@ -182,6 +182,7 @@ def test_halves_one_after_the_other_give_the_same(transformer, num_audio_frames)
     assert torch.allclose(both, one_by_one, atol=2e-5)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("num_audio_frames", [129, 150])
 def test_adaptive_steps_run_in_full_once_the_clip_has_moved_enough(transformer, num_audio_frames):
     conditions, noise = conditions_of(num_audio_frames), noise_of(num_audio_frames)

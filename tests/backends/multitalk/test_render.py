@@ -217,6 +217,7 @@ def test_one_changed_tensor_changes_the_video_and_no_earlier_key(
     assert np.abs(frames(result, "base") - frames(done[0], "base")).max() > 0
 
 
+@pytest.mark.drill
 def test_converted_weights_give_the_same_keys_and_videos(
     done: tuple[Result, Watcher, Path], own_tiny: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
 """Renders a small table with every backend and prints as JSON what each item gave, so that runs can be
-compared: `python -m tests.rendered_items FOLDER`, where the folder holds what the rows name."""
+compared: `python -m tests.rendered_items FOLDER BACKEND ...`, where the folder holds what the rows name."""
 
 import hashlib
 import json
@@ -71,12 +71,12 @@ def rendered(backend: str, rows: list[dict[str, Any]], folder: Path, store: Path
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    spoken = [SPOKEN] if is_installed() else []
+    folder, backends = Path(sys.argv[1]), sys.argv[2:]
+    rows = ROWS | {"preview": ROWS["preview"] + ([SPOKEN] if is_installed() else [])}
     found = {}
     with tempfile.TemporaryDirectory(dir=folder) as stores:
-        for backend, rows in (ROWS | {"preview": ROWS["preview"] + spoken}).items():
-            found |= rendered(backend, rows, folder, Path(stores) / backend)
+        for backend in backends:
+            found |= rendered(backend, rows[backend], folder, Path(stores) / backend)
     json.dump(found, sys.stdout)
 
 

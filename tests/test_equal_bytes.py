@@ -10,7 +10,7 @@ from avatar_core.media.image import load_image
 from avatar_core.media.video import Sound, VideoWriter
 from tests.perturbed import FILLS, in_fresh_processes
 from tests.rendered_items import BACKENDS
-from tests.sample_rows import speech, write_picture, write_recording
+from tests.sample_rows import PREVIEW_STAGES, speech, write_picture, write_recording
 
 
 @pytest.fixture
@@ -35,11 +35,17 @@ def write_film(path: Path, still: NDArray[np.uint8]) -> None:
             writer.write_frame(np.roll(still, step, axis=1))
 
 
+def test_every_item_of_the_preview_has_one_result(folder: Path) -> None:
+    first, other = in_fresh_processes("tests.rendered_items", folder, "preview", fills=(1, 255))
+    assert {name.split()[1] for name in first} >= {"ingest", *PREVIEW_STAGES}
+    assert other == first
+
+
 @pytest.mark.drill
 @pytest.mark.timeout(1200)
 def test_every_item_has_one_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AVATAR_WEIGHTS", str(folder / "weights"))
-    first, *others = in_fresh_processes("tests.rendered_items", folder)
+    first, *others = in_fresh_processes("tests.rendered_items", folder, *BACKENDS)
     assert {name.split()[0] for name in first} == set(BACKENDS)
     assert all(item["status"] == "ok" for item in first.values())
     for fill, other in zip(FILLS[1:], others, strict=True):

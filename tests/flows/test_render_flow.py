@@ -319,6 +319,7 @@ def test_the_command_appears_on_the_server(
         "table": str(rendered.table),
         "overrides": [f"storage.root='{tmp_path}'"],
         "run": name,
+        "config_dir": None,
     }
 
 

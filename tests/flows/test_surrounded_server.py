@@ -10,7 +10,7 @@ import pytest
 from avatar_core.errors import AvatarError, ConfigError
 from flows.prefect_client import load_prefect, prefect_client
 from flows.server import messages, running_server, start_server
-from tests.flows.conftest import free_port
+from tests.flows.conftest import PrefectServer, free_port
 from tests.sample_rows import Rendered, RunAvatar
 
 AVATAR = Path(sys.executable).with_name("avatar")
@@ -64,33 +64,51 @@ def test_renders_show_on_our_server_whatever_the_proxies(
         assert avatar("down") == f"stopped http://127.0.0.1:{port}\n"
 
 
+SURROUNDINGS = {
+    "ALL_PROXY": (f"socks5://{NO_ONE}", None),
+    "HTTP_PROXY": (f"http://{NO_ONE}", None),
+    "PREFECT_LOGGING_LEVEL": ("nonsense", "PREFECT_LOGGING_LEVEL: Input should be 'DEBUG', "),
+    "PREFECT_CLIENT_MAX_RETRIES": (
+        "many",
+        "PREFECT_CLIENT_MAX_RETRIES: Input should be a valid integer",
+    ),
+    "PREFECT_PROFILES_PATH": ("/etc", "Prefect's settings cannot be read ([Errno 21] Is a directory"),
+    "SSL_CERT_FILE": ("/nowhere", "SSL_CERT_FILE=/nowhere: no such file"),
+}
+"""By variable: a value, and what it is warned of."""
+
+
+def warnings_of_a_render(table: Path, root: Path) -> list[str]:
+    output = avatar("render", table, f"storage.root={root}", "--limit", 1)
+    assert "1 of 1 clips in" in output
+    return [line for line in output.splitlines() if line.startswith("warning: ")]
+
+
 @pytest.mark.drill
-@pytest.mark.parametrize(
-    ("name", "value", "warning"),
-    [
-        ("ALL_PROXY", f"socks5://{NO_ONE}", None),
-        ("HTTP_PROXY", f"http://{NO_ONE}", None),
-        ("PREFECT_LOGGING_LEVEL", "nonsense", "PREFECT_LOGGING_LEVEL: Input should be 'DEBUG', "),
-        ("PREFECT_CLIENT_MAX_RETRIES", "many", "PREFECT_CLIENT_MAX_RETRIES: Input should be a valid integer"),
-        ("PREFECT_PROFILES_PATH", "/etc", "Prefect's settings cannot be read ([Errno 21] Is a directory"),
-        ("SSL_CERT_FILE", "/nowhere", "SSL_CERT_FILE=/nowhere: no such file"),
-    ],
-)
-def test_a_render_does_not_depend_on_prefect(
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_a_render_goes_on_where_its_server_cannot_be_used(
     state: Path,
+    prefect_server: PrefectServer,
     rendered: Rendered,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    value: str,
-    warning: str | None,
 ) -> None:
+    value, warning = SURROUNDINGS[name]
+    monkeypatch.setenv("PREFECT_API_URL", f"{prefect_server.address}/api")
     monkeypatch.setenv(name, value)
-    output = avatar("render", rendered.table, f"storage.root={tmp_path / 'store'}", "--limit", 1)
-    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
-    assert "1 of 1 clips in" in output
+    warnings = warnings_of_a_render(rendered.table, tmp_path / "store")
     assert len(warnings) == (warning is not None)
     assert all(str(warning) in line and "the batch goes on without it" in line for line in warnings)
+
+
+@pytest.mark.parametrize("name", [name for name in SURROUNDINGS if name != "PREFECT_PROFILES_PATH"])
+def test_a_render_without_a_server_does_not_depend_on_prefect(
+    state: Path, rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv(name, SURROUNDINGS[name][0])
+    assert warnings_of_a_render(rendered.table, tmp_path / "store") == []
 
 
 @pytest.mark.drill

@@ -365,6 +365,9 @@ def _configured(
     given |= {"limit": limit} if limit is not None else {}
     given |= {"takes": takes} if takes is not None else {}
     given |= {"only": list(only)} if only else {}
+    for word in overrides:
+        if (name := word.partition("=")[0].lstrip("+")) in given or (files and name in ("table", "rows")):
+            raise ConfigError(f"`{word}` and another word of the command both say `{name}`; give one of them")
     config = compose_config(overrides, config_dir, given)
     if not config.table and not config.rows:
         raise ConfigError("nothing to render: give a TABLE, a PICTURE and a RECORDING, or a batch file")

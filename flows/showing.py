@@ -67,10 +67,10 @@ class _Showing(threading.Thread):
             self._execution.stop()
 
     def _show(self) -> None:
-        from flows.render import flow_parameters, handed_over, render_dataset
-
         execution = self._execution
         try:
+            from flows.render import flow_parameters, handed_over, render_dataset
+
             with handed_over(execution):
                 named = render_dataset.with_options(flow_run_name=execution.run_id)
                 named(**flow_parameters(execution.batch.config, execution.run_id), return_state=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from avatar_core.clips import STAGES
 from avatar_core.errors import StoreError
-from avatar_core.runs import find_run, list_runs, read_assets, read_plan, stage_keys
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.runs import find_run, list_runs, read_assets, read_plan, stage_keys
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc
 from avatar_core.store.storage import Storage

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from avatar_core.batch import Batch
-from avatar_core.clips import Clips
 from avatar_core.config import Config
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_text, from_arrow
 from avatar_core.media.source import STORES, local_path, scheme_of
 from avatar_core.media.table import PATHS, is_absent
+from avatar_core.planning.batch import Batch
+from avatar_core.planning.clips import Clips
 
 _TABLE, _ROWS = b"avatar_table", b"avatar_rows"
 """In the schema's metadata of a dataset: the table's path or URI, else what to call its rows."""

@@ -17,17 +17,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avatar_core.batch import Batch, forget, open_batch, open_storage, recorder, take_in_again
-from avatar_core.clips import STAGES
 from avatar_core.config import Config, nearest, parse
 from avatar_core.devices import usable_gpus
 from avatar_core.errors import ConfigError, StoreError
+from avatar_core.execution.shard import run_shard
 from avatar_core.origins import origin_of, replacement
-from avatar_core.plan import shards
+from avatar_core.planning.batch import Batch, forget, open_batch, open_storage, recorder, take_in_again
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.plan import shards
+from avatar_core.planning.runs import find_run, read_plan, stage_keys, write_run
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish, to_frame
-from avatar_core.run import run_shard
-from avatar_core.runs import find_run, read_plan, stage_keys, write_run
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.attempts import compact
 from avatar_core.store.catalog import Catalog, drop, load_catalog

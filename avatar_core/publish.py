@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from avatar_core.clips import STAGES, Clips
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_column, column_type, from_arrow
 from avatar_core.media.table import TableRows
-from avatar_core.plan import first_failure
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.clips import Clips
+from avatar_core.planning.plan import first_failure
 from avatar_core.progress import Observer
 from avatar_core.store.catalog import OK
 from avatar_core.store.disk import FileInfo

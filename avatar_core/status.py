@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pandas as pd
 
-from avatar_core.clips import STAGES
-from avatar_core.runs import find_run, list_runs, read_plan, run_name, stage_keys
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.runs import find_run, list_runs, read_plan, run_name, stage_keys
 from avatar_core.store.catalog import Catalog, load_catalog
 from avatar_core.store.storage import Storage
 

@@ -23,17 +23,17 @@ from pathlib import Path
 
 import av
 
-from avatar_core.clips import STAGES
 from avatar_core.config import VideoConfig
 from avatar_core.media.audio import probe_audio
 from avatar_core.media.video import VideoWriter, read_frames
+from avatar_core.planning.clip import STAGES
 
 ONE_PROCESS = """
 import sys
 from avatar_core.pipeline import render
 render({"table": sys.argv[1], "storage": {"root": sys.argv[2]}})
 """
-WARM_UP = "import flows.queue_child, flows.render, prefect.server.api.server, uvicorn.main"
+WARM_UP = "import avatar_core.execution.child, flows.render, prefect.server.api.server, uvicorn.main"
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 
 

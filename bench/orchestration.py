@@ -38,8 +38,8 @@ from rich.console import Console
 from rich.table import Table
 from yardsticks import assets, pairs
 
-from avatar_core.clips import STAGES
-from avatar_core.runs import list_runs, read_plan
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.runs import list_runs, read_plan
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.storage import Storage
 from flows.server import start_server, stop_server
@@ -125,7 +125,7 @@ class Machine:
         ):  # an installed package has its bytecode: every start would compile it anew
             self.environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
             del self.environment["PYTHONDONTWRITEBYTECODE"]
-            modules = "stub_backend, flows.queue_child, flows.render, prefect.server.api.server, uvicorn.main"
+            modules = "stub_backend, avatar_core.execution.child, flows.render"
             self.run([sys.executable, "-c", f"import {modules}"])
 
     def run(self, command: Sequence[str], kill_when: Callable[[], bool] = lambda: False) -> Usage:

@@ -18,16 +18,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from avatar_core.batch import Batch, open_batch
-from avatar_core.clips import STAGES
 from avatar_core.config import VideoConfig
+from avatar_core.execution.shard import one_thread, run_shard
 from avatar_core.media.audio import load_mono
 from avatar_core.media.face import FaceDetector
 from avatar_core.media.image import load_image
 from avatar_core.media.mtcnn import installed_weights
 from avatar_core.media.video import VideoWriter, frame_rate, read_frames
 from avatar_core.pipeline import consumed_rows
-from avatar_core.run import one_thread, run_shard
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.clip import STAGES
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 SCENES = ((512, 512, 0.25), (512, 512, 0.45), (1280, 720, 0.125), (1280, 720, 0.25))  # width, height, face

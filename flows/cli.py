@@ -129,8 +129,8 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
-    from avatar_core.batch import open_batch
     from avatar_core.pipeline import estimate
+    from avatar_core.planning.batch import open_batch
     from flows.terminal import create_view, print_plan
 
     config, _ = _configured(words or [], limit, only, takes, config_dir)
@@ -176,8 +176,8 @@ def verify(
     config_dir: ConfigDir = None,
 ) -> None:
     """Hash everything of a dataset again: its videos, and what the store holds for them."""
-    from avatar_core.batch import open_storage
     from avatar_core.maintenance import verify_run
+    from avatar_core.planning.batch import open_storage
     from flows.compose import compose_config
 
     report = verify_run(open_storage(compose_config(overrides or [], config_dir)), run, repair=repair)
@@ -207,8 +207,8 @@ def gc(
     config_dir: ConfigDir = None,
 ) -> None:
     """Delete what no recorded run needs any more."""
-    from avatar_core.batch import open_storage
     from avatar_core.maintenance import collect_garbage
+    from avatar_core.planning.batch import open_storage
     from flows.compose import compose_config
 
     storage = open_storage(compose_config(overrides or [], config_dir))
@@ -277,7 +277,7 @@ def execute() -> None:
 @app.command()
 def status(words: StatusWords = None, config_dir: ConfigDir = None) -> None:
     """What became of the recorded runs, or of one: by stage, with the reasons of failures."""
-    from avatar_core.batch import open_storage
+    from avatar_core.planning.batch import open_storage
     from avatar_core.status import read_status, summarise_runs
     from flows.compose import compose_config, is_override
     from flows.status_view import print_address, print_run, print_runs
@@ -316,8 +316,8 @@ def doctor(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 
 def _rendered(config: "Config", destination: "Destination | None" = None) -> "Result":
     """Where nothing is to do, the flow engine stays out: it takes seconds to start."""
-    from avatar_core.batch import open_batch
     from avatar_core.pipeline import finish_batch, record_run, run_batch
+    from avatar_core.planning.batch import open_batch
     from flows.showing import run_shown
     from flows.terminal import create_view
 

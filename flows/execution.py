@@ -14,12 +14,12 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
-from avatar_core.batch import Batch
+from avatar_core.execution.coordinator import Call, Coordinator
+from avatar_core.execution.settings import RunSettings, run_settings
+from avatar_core.execution.worker_process import JobResult, LocalQueues
 from avatar_core.pipeline import Result, finish_batch
+from avatar_core.planning.batch import Batch
 from avatar_core.progress import Observer
-from flows.coordinate import Call, Coordinator
-from flows.queues import JobResult, LocalQueues
-from flows.run_settings import RunSettings, run_settings
 
 
 class Line(NamedTuple):

@@ -25,18 +25,18 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from slugify import slugify
 
-from avatar_core.batch import Batch, open_batch, open_storage
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
+from avatar_core.execution.coordinator import NOUNS, counted
+from avatar_core.execution.worker_process import JobResult
 from avatar_core.pipeline import Result, record_run
+from avatar_core.planning.batch import Batch, open_batch, open_storage
+from avatar_core.planning.runs import find_run
 from avatar_core.progress import Silent
-from avatar_core.runs import find_run
 from flows.alive import crash_lost_runs, mark_alive
 from flows.cli import stoppable
 from flows.compose import compose_config, quoted
-from flows.coordinate import NOUNS, counted
 from flows.execution import Execution, Line, ShardRun
-from flows.queues import JobResult
 from tasks.shards import reuse, show_shard
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from flows.execution import Execution
 from flows.server import answers, names_server, server_environment
 
 if TYPE_CHECKING:
-    from avatar_core.batch import Batch
     from avatar_core.pipeline import Result
+    from avatar_core.planning.batch import Batch
     from flows.terminal import View
 
 HEAD_START_S = 2.0

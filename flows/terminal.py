@@ -20,10 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from avatar_core.batch import Batch
 from avatar_core.origins import replacement
 from avatar_core.pipeline import Estimate, Result
-from avatar_core.plan import Outlook
+from avatar_core.planning.batch import Batch
+from avatar_core.planning.plan import Outlook
 from avatar_core.progress import Observer, StepClock
 
 ROWS_SHOWN = 40

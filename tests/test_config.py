@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avatar_core.batch import located
 from avatar_core.config import Config, VideoConfig, nearest, option_names, parse, to_dict
 from avatar_core.errors import ConfigError
+from avatar_core.planning.batch import located
 
 
 def refusal(values: Any, kind: type[Any] = Config, where: str = "") -> str:

@@ -10,12 +10,12 @@ from PIL import Image
 
 from avatar_core.backends.base import BACKENDS, Picture, Tensors
 from avatar_core.backends.preview.backend import PreviewBackend
-from avatar_core.batch import open_batch
 from avatar_core.media.face import Face
 from avatar_core.media.footage import Footage
 from avatar_core.media.image import load_image
 from avatar_core.media.video import VideoWriter
 from avatar_core.pipeline import Result, render
+from avatar_core.planning.batch import open_batch
 from tests.sample_rows import (
     PREVIEW_STAGES,
     RunAvatar,

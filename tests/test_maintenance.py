@@ -7,7 +7,7 @@ import pytest
 
 from avatar_core.maintenance import collect_garbage, verify_run
 from avatar_core.pipeline import render
-from avatar_core.runs import list_runs
+from avatar_core.planning.runs import list_runs
 from avatar_core.store.storage import Storage
 from tests.sample_rows import Rendered, RunAvatar, Watcher, data_files, flip_byte, videos, write_table
 

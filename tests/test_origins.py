@@ -8,10 +8,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from avatar_core.batch import open_batch
 from avatar_core.errors import ConfigError
 from avatar_core.pipeline import Result, finish_batch, record_run, render, run_batch
-from avatar_core.runs import list_runs
+from avatar_core.planning.batch import open_batch
+from avatar_core.planning.runs import list_runs
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import put_table
 from tests.sample_rows import RunAvatar, Watcher, videos, write_picture, write_recording, write_table

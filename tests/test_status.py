@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from avatar_core.batch import open_batch
 from avatar_core.errors import StoreError
 from avatar_core.pipeline import render
-from avatar_core.runs import write_run
+from avatar_core.planning.batch import open_batch
+from avatar_core.planning.runs import write_run
 from avatar_core.status import ClipFailure, StageStatus, read_status, summarise_runs
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.storage import Storage

@@ -64,7 +64,7 @@ def test_a_command_is_held_at_a_step_of_an_item_and_goes_on_when_released(tmp_pa
     watch = Watch(tmp_path)
     watch.hold_at("denoise", 2, step=3)
     code = (
-        "from types import SimpleNamespace as N; import avatar_core.run as run\n"
+        "from types import SimpleNamespace as N; import avatar_core.execution.shard as run\n"
         "def process(item, config, models, scratch, report):\n"
         "    [report(step, 4) for step in range(5)]\n"
         "for stage, key in (('face', 'a'), ('denoise', 'b'), ('denoise', 'c'), ('decode', 'd')):\n"

@@ -1,7 +1,7 @@
 """What a stage is: a named, versioned, pure function on one item.
 
 Reading inputs, writing results, keys, resuming, counting and item errors are done once, by
-`avatar_core.run.run_shard`; a stage sees local files and plain values only.
+`avatar_core.execution.shard.run_shard`; a stage sees local files and plain values only.
 """
 
 from abc import ABC, abstractmethod

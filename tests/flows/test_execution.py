@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from avatar_core.batch import Batch, open_batch
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
+from avatar_core.execution.worker_process import JobResult
 from avatar_core.pipeline import record_run
+from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.progress import Silent
 from flows.execution import Execution, Line, ShardRun
-from flows.queues import JobResult
 from tests.sample_rows import Rendered, data_files, videos, write_picture, write_table
 
 pytestmark = pytest.mark.timeout(120)

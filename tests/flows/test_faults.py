@@ -23,8 +23,8 @@ from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import manifest_folder
 from avatar_core.store.storage import Storage
 from flows.server import Server, start_server, stop_server
+from tests.execution.windowed_backend import WindowedBackend
 from tests.flows.conftest import PrefectServer, free_port, serverless
-from tests.flows.windowed_backend import WindowedBackend
 from tests.processes import kill_tree, until
 from tests.sample_rows import flip_byte, videos, write_recording, write_table
 from tests.watch import Call, Watch
@@ -32,7 +32,7 @@ from tests.watch import Call, Watch
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
-AVATAR = [sys.executable, "-c", "import tests.flows.windowed_backend; from flows.cli import main; main()"]
+AVATAR = [sys.executable, "-c", "import tests.execution.windowed_backend; from flows.cli import main; main()"]
 SOURCES, CLIPS = 8, 14
 """Pictures, and recordings; clips of a picture and a recording each."""
 ITEMS = {"ingest": 2 * SOURCES, "face": SOURCES, "audio": SOURCES, "reference": SOURCES} | {

@@ -51,7 +51,7 @@ class Watching(MetaPathFinder):
     """Wraps what `run_shard` calls for each item, as soon as it is imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "avatar_core.run":
+        if name != "avatar_core.execution.shard":
             return None
         spec = PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module

@@ -14,10 +14,10 @@ from avatar_core.backends.base import create_backend
 from avatar_core.backends.ditto.motion_vector import mirror_index
 from avatar_core.backends.ditto.registration import Avatar
 from avatar_core.backends.ditto.tiny import write_tiny_checkpoint
-from avatar_core.batch import open_batch
 from avatar_core.errors import InputError
 from avatar_core.media.image import load_image
 from avatar_core.pipeline import Result
+from avatar_core.planning.batch import open_batch
 from tests.sample_rows import (
     Watcher,
     read_video,

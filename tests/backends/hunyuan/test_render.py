@@ -18,10 +18,10 @@ from PIL import Image, ImageOps
 
 from avatar_core.backends.hunyuan.official import convert
 from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
-from avatar_core.batch import open_batch
 from avatar_core.checkpoint import read_checkpoint
 from avatar_core.errors import Cancelled
 from avatar_core.pipeline import Result, render
+from avatar_core.planning.batch import open_batch
 from tests.processes import until
 from tests.sample_rows import (
     Watcher,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from avatar_core.backends.multitalk.official import convert
 from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
-from avatar_core.batch import open_batch
 from avatar_core.pipeline import Result
+from avatar_core.planning.batch import open_batch
 from tests.processes import until
 from tests.sample_rows import (
     Watcher,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from avatar_core import errors
 from avatar_core.errors import BackendError, StoreError
+from avatar_core.execution.worker_process import JobResult
 from avatar_core.stages.base import ItemSpec
-from flows.queues import JobResult
 
 
 @dataclass

@@ -18,7 +18,7 @@ from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
 
 STEPS = 4
 
-BACKENDS["counted"] = "tests.flows.counted_backend:CountedBackend"
+BACKENDS["counted"] = "tests.execution.counted_backend:CountedBackend"
 
 
 class ImportedInChild(str):

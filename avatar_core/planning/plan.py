@@ -12,9 +12,10 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar_core.clip_items import StageItems
-from avatar_core.clips import STAGES, Clip, Clips
 from avatar_core.errors import InputError
+from avatar_core.planning.clip import STAGES, Clip
+from avatar_core.planning.clip_items import StageItems
+from avatar_core.planning.clips import Clips
 from avatar_core.stages.base import ItemSpec, Stage
 from avatar_core.store.catalog import FAILED_FOR_GOOD, OK
 from avatar_core.store.key_index import text_keys

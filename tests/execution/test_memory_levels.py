@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from avatar_core.execution.worker_process import Job, LocalQueue
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
-from flows.queues import Job, LocalQueue
-from tests.flows import toy_backend as toy
+from tests.execution import toy_backend as toy
 
 
 @pytest.mark.parametrize(("memory", "levels"), [("auto", ["high", "low"]), ("low", ["low"])])

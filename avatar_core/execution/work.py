@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar_core.plan import StagePlan
-from avatar_core.schedule import Shard
+from avatar_core.execution.schedule import Shard
+from avatar_core.planning.plan import StagePlan
 from avatar_core.stages.base import ItemSpec
 
 

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.timeout(120)
 PARENT = """
 import sys, threading, time
 from pathlib import Path
-from flows.queues import Job, LocalQueues
-from tests.flows import toy_backend as toy
+from avatar_core.execution.worker_process import Job, LocalQueues
+from tests.execution import toy_backend as toy
 
 job = Job(sys.argv[1], {}, None, 2**20, {"name": "toy"}, "denoise",
           (toy.toy_item("a", toy.nothing), toy.toy_item("b", getattr(toy, sys.argv[2]))), {})

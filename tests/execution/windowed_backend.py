@@ -13,11 +13,11 @@ from pydantic import AfterValidator
 
 from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
 from avatar_core.errors import BackendError, InputError
-from tests.flows.counted_backend import STEPS, CountedBackend, CountedConfig, StageConfig
+from tests.execution.counted_backend import STEPS, CountedBackend, CountedConfig, StageConfig
 
 WINDOW_FRAMES = 6
 
-BACKENDS["windowed"] = "tests.flows.windowed_backend:WindowedBackend"
+BACKENDS["windowed"] = "tests.execution.windowed_backend:WindowedBackend"
 
 
 class ImportedInChild(str):

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from avatar_core.batch import Batch, open_batch
 from avatar_core.devices import visible_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
+from avatar_core.execution import coordinator as coordinate
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import RunSettings, run_settings
+from avatar_core.execution.work import Work
+from avatar_core.execution.worker_process import LocalQueues
 from avatar_core.pipeline import Result, finish_batch, record_run, render
+from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
-from flows import coordinate
-from flows.coordinate import Coordinator
-from flows.queues import LocalQueues
-from flows.run_settings import RunSettings, run_settings
-from flows.work import Work
 from tests.sample_rows import (
     Rendered,
     Watcher,
@@ -297,7 +297,7 @@ def test_trouble_that_passes_is_waited_for(
                     data.unlink()
                     (store / "away").rename(data)
 
-    logger, handler = logging.getLogger("flows.coordinate"), Mending()
+    logger, handler = logging.getLogger("avatar_core.execution.coordinator"), Mending()
     logger.addHandler(handler)
     try:
         result = run(batch, retries=2)

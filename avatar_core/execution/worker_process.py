@@ -29,7 +29,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from avatar_core.errors import ConfigError
-from avatar_core.run import AUTO, Rows
+from avatar_core.execution.shard import AUTO, Rows
 from avatar_core.stages.base import ItemSpec
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,10 @@ _EXIT_GRACE_S = 1.0  # for a process on its way out to leave its own exit status
 _END_TIMEOUT_S = 30.0
 _ALL = 2**63 - 1
 
-_BOOT = "import sys; sys.path[:] = sys.argv[4:]; from flows.queue_child import serve; serve(*sys.argv[1:4])"
+_BOOT = (
+    "import sys; sys.path[:] = sys.argv[4:]; "
+    "from avatar_core.execution.child import serve; serve(*sys.argv[1:4])"
+)
 
 
 @dataclass(frozen=True)

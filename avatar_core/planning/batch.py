@@ -9,18 +9,20 @@ from typing import Any
 import pyarrow as pa
 
 from avatar_core.backends.base import Backend, create_backend
-from avatar_core.clip_names import clip_names, slug
-from avatar_core.clips import ClipBuilder, Clips, Source
 from avatar_core.config import Config, nearest, parse
 from avatar_core.errors import ConfigError, InputError
+from avatar_core.execution.shard import run_shard
 from avatar_core.media.cells import plain
 from avatar_core.media.documents import SILENCE
 from avatar_core.media.row_sources import Speech, speeches_of
 from avatar_core.media.source import stat_source
 from avatar_core.media.table import PATHS, TableRows, is_absent, parse_rows, read_table, resolve_uri
-from avatar_core.plan import Outlook, StagePlan, make_plan, outlook, shards
+from avatar_core.planning.clip import Source
+from avatar_core.planning.clip_builder import ClipBuilder
+from avatar_core.planning.clip_names import clip_names, slug
+from avatar_core.planning.clips import Clips
+from avatar_core.planning.plan import Outlook, StagePlan, make_plan, outlook, shards
 from avatar_core.progress import Observer, Silent
-from avatar_core.run import run_shard
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.ingest import IngestStage, Kind, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages

@@ -12,11 +12,12 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from avatar_core.clip_names import slug
-from avatar_core.clips import STAGES, Clips
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_text
+from avatar_core.planning.clip import STAGES
+from avatar_core.planning.clip_names import slug
+from avatar_core.planning.clips import Clips
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import put_table, stretches
 

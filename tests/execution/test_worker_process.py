@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import pytest
 
-from avatar_core.batch import Batch, open_batch
-from avatar_core.clips import STAGES
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError
-from avatar_core.run import run_shard
+from avatar_core.execution.shard import run_shard
+from avatar_core.execution.worker_process import Job, JobResult, LocalQueue, LocalQueues
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.clip import STAGES
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
-from flows.queues import Job, JobResult, LocalQueue, LocalQueues
-from tests.flows import toy_backend as toy
+from tests.execution import toy_backend as toy
 from tests.processes import PATIENCE_S, exists, until
 from tests.sample_rows import Rendered, attempts, data_files, flip_byte
 
@@ -222,7 +222,7 @@ def test_log_records_arrive_with_their_item(
     ]
     assert told == [
         ("avatar_core.toy", "INFO", "cpu-0", "item-1"),
-        ("avatar_core.run", "WARNING", "cpu-0", "item-2"),
+        ("avatar_core.execution.shard", "WARNING", "cpu-0", "item-2"),
     ]
     assert caplog.messages[0] == "all of it"
     assert "ZeroDivisionError: by zero" in caplog.messages[1]

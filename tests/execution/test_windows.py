@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from avatar_core.batch import Batch, open_batch
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import RunSettings
+from avatar_core.execution.worker_process import LocalQueues
 from avatar_core.maintenance import collect_garbage, verify_run
 from avatar_core.pipeline import Result, finish_batch, record_run, render, rerun
-from avatar_core.runs import read_plan
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.runs import read_plan
 from avatar_core.status import StageStatus, read_status
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
-from flows.coordinate import Coordinator
-from flows.queues import LocalQueues
-from flows.run_settings import RunSettings
-from tests.flows.windowed_backend import WindowedBackend
+from tests.execution.windowed_backend import WindowedBackend
 from tests.sample_rows import Watcher, attempts, flip_byte, videos, write_recording, write_table
 from tests.watch import Watch
 
@@ -244,7 +244,7 @@ def test_a_window_that_failed_is_the_reason_of_its_clip(values: Make, tmp_path: 
 def test_a_kill_costs_the_window_in_flight(values: Make, finished: Path, tmp_path: Path) -> None:
     watch = Watch(tmp_path / "watch")
     watch.hold_at("denoise", 2)
-    script = "import sys, json, tests.flows.windowed_backend; from avatar_core.pipeline import render; "
+    script = "import sys, json, tests.execution.windowed_backend; from avatar_core.pipeline import render; "
     words = [sys.executable, "-c", script + "render(json.loads(sys.argv[1]))"]
     store = tmp_path / "store"
     settings = json.dumps(values(store, only=["long"]))

@@ -22,7 +22,7 @@ from avatar_core.stages.base import ItemSpec
 from avatar_core.stages.denoise import DenoiseStageConfig
 
 if "pytest" not in sys.modules:
-    BACKENDS["toy"] = "tests.flows.toy_backend:ToyBackend"
+    BACKENDS["toy"] = "tests.execution.toy_backend:ToyBackend"
 
 SILENCE_S = 5.0
 """Longer than a child that works is kept waiting by a busy machine."""

@@ -11,19 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avatar_core.batch import Batch, forget, take_in_again
 from avatar_core.errors import BackendError, Cancelled, StoreError
+from avatar_core.execution.faults import Trouble, owners, passes_by_itself, raised
+from avatar_core.execution.schedule import QueueKind, Schedule, Shard, StageInfo
+from avatar_core.execution.settings import RunSettings
+from avatar_core.execution.work import Work
+from avatar_core.execution.worker_process import Job, JobResult, LocalQueue
 from avatar_core.pipeline import MAX_PASSES, consumed_rows, continued_data, seconds_per_work
+from avatar_core.planning.batch import Batch, forget, take_in_again
 from avatar_core.progress import Observer, StepClock
-from avatar_core.schedule import QueueKind, Schedule, Shard, StageInfo
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.arrivals import Row
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.sharing import Sharing, Taken
-from flows.faults import Trouble, owners, passes_by_itself, raised
-from flows.queues import Job, JobResult, LocalQueue
-from flows.run_settings import RunSettings
-from flows.work import Work
 
 log = logging.getLogger(__name__)
 

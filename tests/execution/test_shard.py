@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from avatar_core.errors import Cancelled, ConfigError, InputError, StoreError, WeightsError
-from avatar_core.run import run_shard
+from avatar_core.execution.shard import run_shard
 from avatar_core.stages.base import Asset, Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.manifest import write_data

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from avatar_core.batch import open_batch
-from avatar_core.clip_names import clip_names, slug
-from avatar_core.clips import cut
 from avatar_core.config import Config, parse
 from avatar_core.errors import InputError
 from avatar_core.media.table import parse_rows
+from avatar_core.planning.batch import open_batch
+from avatar_core.planning.clip_builder import cut
+from avatar_core.planning.clip_names import clip_names, slug
 from tests.sample_rows import PREVIEW_STAGES
 
 # --- names

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from avatar_core.batch import Batch, open_batch
-from avatar_core.plan import first_failure, shards
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.plan import first_failure, shards
 from avatar_core.stages.base import ItemSpec
 from tests.sample_rows import PREVIEW_STAGES, Rendered
 

@@ -146,6 +146,7 @@ class RuntimeConfig:
     `gpus` are numbers as `CUDA_VISIBLE_DEVICES` counts them; with `pretend` their queues run on the CPU.
     `cpus` is the number of processes for the rest (None: one per usable core). `memory` is the level at
     which the models of a backend that has levels are loaded; where it runs out, the next lower one is tried.
+    A GPU that had nothing to do for `idle_s` is let go, so that another render of this machine can have it.
     """
 
     __pydantic_config__ = _STRICT
@@ -154,6 +155,7 @@ class RuntimeConfig:
     cpus: Annotated[int, Field(ge=1)] | None = None
     memory: str = "auto"
     item_timeout_s: Positive = 1800.0
+    idle_s: Positive = 60.0
     retries: Annotated[int, Field(ge=0)] = 2
     cache_dir: Place | None = None
     cache_bytes: Annotated[int, Field(gt=0)] = 20 * 1024**3

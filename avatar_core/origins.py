@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avatar_core.config import Config
-from avatar_core.errors import StoreError
+from avatar_core.errors import ConfigError, StoreError
 from avatar_core.media.cells import as_text, from_arrow
 from avatar_core.media.source import STORES, local_path, scheme_of
 from avatar_core.media.table import PATHS, is_absent
@@ -42,6 +42,22 @@ def origin_of(config: Config) -> dict[bytes, bytes]:
     if config.table:
         return {_TABLE: os.fsencode(config.table)}
     return {_TABLE: b"", _ROWS: _called(config).encode()}
+
+
+def check_origin(batch: Batch) -> str | None:
+    """A warning where the dataset becomes that of another table, `ConfigError` where that must not be."""
+    found = replacement(batch)
+    if found and not found.allowed:
+        raise ConfigError(found.message)
+    return found.message if found else None
+
+
+def is_undecided(batch: Batch) -> bool:
+    """Whether only the clips tell if those of another table would be lost, and they are not all known yet."""
+    if batch.is_complete:
+        return False
+    found = replacement(batch)
+    return found is not None and not found.allowed
 
 
 def replacement(batch: Batch) -> Replacement | None:

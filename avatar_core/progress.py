@@ -7,7 +7,14 @@ from typing import Any, Protocol
 class Observer(Protocol):
     """Called from the process that coordinates a run; implementations must not raise."""
 
-    def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None: ...
+    def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        """All items of a stage are known; `to_do` counts what this run has done of them by now too. Said
+        again where damaged results are computed once more."""
+        ...
+
+    def stage_grew(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        """So many items of a stage are known by now, and more will be."""
+        ...
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None: ...
 
@@ -46,6 +53,9 @@ class Silent:
     """Observes nothing."""
 
     def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        pass
+
+    def stage_grew(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
         pass
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:

@@ -175,8 +175,8 @@ class _Rows:
             ],
             "name": names,
             "row": clips.row_column("index", start, stop),
-            "take": clips.take[start:stop],
-            "part": clips.part[start:stop],
+            "take": clips.take[start:stop].tolist(),
+            "part": clips.part[start:stop].tolist(),
             "status": [
                 "ok" if ok else "failed" if failure else "to do"
                 for ok, failure in zip(finished, failures, strict=True)
@@ -186,7 +186,7 @@ class _Rows:
             "error": [failure and failure.error for failure in failures],
             "prompt": clips.row_column("prompt", start, stop),
             "negative_prompt": clips.row_column("negative_prompt", start, stop),
-            "seed": [None if i in clips.rejected else clips.seed[i] for i in indices],
+            "seed": [None if i in clips.rejected else int(clips.seed[i]) for i in indices],
             "backend": [self._backend] * len(names),
             "run_id": [self._run_id] * len(names),
             **{name: _spread(videos[name], finished) for name in _VIDEO_COLUMNS},

@@ -2,11 +2,9 @@
 
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +18,7 @@ from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
     from avatar_core.config import Config
-    from avatar_core.pipeline import Result
-    from flows.output import Destination
+    from avatar_core.result import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(weights_app, name="weights")
@@ -105,6 +102,7 @@ def render(
 ) -> None:
     """Render a table, a batch file, or one picture with one recording."""
     from flows.output import opened_destination
+    from flows.rendering import render_shown
     from flows.terminal import print_result
 
     config, is_pair = _configured(words or [], limit, only, takes, config_dir)
@@ -113,10 +111,13 @@ def render(
             "-o/--output goes with one PICTURE and one RECORDING; a table's videos are in its dataset"
         )
     with opened_destination(output, config) as destination:
-        result = _rendered(config, destination)
-        print_result(console, result)
-        for path in destination.copy_videos(result) if destination else ():
-            console.print(Text(f"written to {path}"), soft_wrap=True)
+
+        def show(result: "Result") -> None:
+            print_result(console, result)
+            for path in destination.copy_videos(result) if destination else ():
+                console.print(Text(f"written to {path}"), soft_wrap=True)
+
+        result = render_shown(config, console, show, destination)
     _exit_for(result)
 
 
@@ -129,13 +130,16 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
-    from avatar_core.pipeline import estimate
     from avatar_core.planning.batch import open_batch
+    from avatar_core.planning.estimate import estimate
+    from flows.rendering import take_in_sources
+    from flows.stopping import stoppable
     from flows.terminal import create_view, print_plan
 
     config, _ = _configured(words or [], limit, only, takes, config_dir)
     with stoppable() as stopped, create_view(console) as view:
-        batch = open_batch(config, view, stopped)
+        batch = open_batch(config, view)
+        take_in_sources(batch, view, stopped)
     print_plan(console, batch, estimate(batch))
 
 
@@ -148,9 +152,10 @@ def rerun(
     config_dir: ConfigDir = None,
 ) -> None:
     """Run a batch again: what failed, or a stage of it."""
-    from avatar_core.pipeline import rerun_config
+    from avatar_core.planning.rerun import rerun_config
     from flows.compose import compose_config
     from flows.overrides import read_override
+    from flows.rendering import render_shown
     from flows.terminal import print_result
 
     for override in map(read_override, overrides or []):
@@ -161,8 +166,8 @@ def rerun(
                 "stays the same"
             )
     config = compose_config(overrides or [], config_dir)
-    result = _rendered(rerun_config(config, run, stage=stage, only_failed=failed))
-    print_result(console, result)
+    again = rerun_config(config, run, stage=stage, only_failed=failed)
+    result = render_shown(again, console, partial(print_result, console))
     _exit_for(result)
 
 
@@ -314,23 +319,6 @@ def doctor(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         raise typer.Exit(EXIT_FAILED_ROWS)
 
 
-def _rendered(config: "Config", destination: "Destination | None" = None) -> "Result":
-    """Where nothing is to do, the flow engine stays out: it takes seconds to start."""
-    from avatar_core.pipeline import finish_batch, record_run, run_batch
-    from avatar_core.planning.batch import open_batch
-    from flows.showing import run_shown
-    from flows.terminal import create_view
-
-    with stoppable() as stopped, create_view(console) as view:
-        batch = open_batch(config, view, stopped)
-        if destination:
-            destination.place(batch)
-        run_id = record_run(batch)
-        if any(stage_plan.to_do for stage_plan in batch.plan().values()):
-            return run_shown(batch, run_id, view, stopped)
-        return finish_batch(batch, run_id, lambda: run_batch(batch, view, stopped), view)
-
-
 def _configured(
     words: Sequence[str],
     limit: int | None,
@@ -382,26 +370,6 @@ def _exit_for(result: "Result") -> None:
             f"max_failed_fraction={result.max_failed_fraction:g} allows fewer"
         )
         raise typer.Exit(EXIT_FAILED_ROWS)
-
-
-@contextmanager
-def stoppable() -> Iterator[Any]:
-    """Gives a function that tells whether Ctrl-C or SIGTERM came, or nobody reads standard output any more; a
-    second signal ends the process at once."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        errors.print("\nstopping after the current step; press Ctrl-C again to stop at once")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: stop.is_set() or streams.reader_has_left()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main() -> None:

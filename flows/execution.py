@@ -14,12 +14,16 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
-from avatar_core.execution.coordinator import Call, Coordinator
-from avatar_core.execution.settings import RunSettings, run_settings
-from avatar_core.execution.worker_process import JobResult, LocalQueues
-from avatar_core.pipeline import Result, finish_batch
+from avatar_core.execution.batch_run import Call
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import run_settings, workers_for
+from avatar_core.execution.worker import JobResult
+from avatar_core.execution.worker_process import WorkerProcesses
+from avatar_core.pipeline import batch_run, finish_run
 from avatar_core.planning.batch import Batch
+from avatar_core.planning.runs import RunRecord
 from avatar_core.progress import Observer
+from avatar_core.result import Result
 
 
 class Line(NamedTuple):
@@ -30,18 +34,18 @@ class Line(NamedTuple):
 
 
 class ShardRun:
-    """A shard on its queue."""
+    """A shard at its worker."""
 
     def __init__(
         self,
         stage: str,
-        queue: str,
+        worker: str,
         label: str,
         call: Call,
         on_start: Callable[["ShardRun"], None],
         on_end: Callable[[], None],
     ) -> None:
-        self.stage, self.queue, self.label = stage, queue, label
+        self.stage, self.worker, self.label = stage, worker, label
         self._call, self._on_start, self._on_end = call, on_start, on_end
         self._lines: SimpleQueue[Line | None] = SimpleQueue()
         self._outcome: Future[JobResult] = Future()
@@ -82,24 +86,30 @@ _shard_at_hand: ContextVar[ShardRun] = ContextVar("shard_at_hand")
 
 
 class Execution:
-    """Renders a batch from when the context is entered; leaving it by an error stops the work."""
+    """Renders a batch from when the context is entered; leaving it by an error stops the work. `on_complete`
+    is called once all its clips are known, and may raise what speaks against going on."""
 
     def __init__(
-        self, batch: Batch, run_id: str, observer: Observer, cancelled: Callable[[], bool] = lambda: False
+        self,
+        batch: Batch,
+        record: RunRecord,
+        observer: Observer,
+        cancelled: Callable[[], bool] = lambda: False,
+        on_complete: Callable[[], None] = lambda: None,
     ) -> None:
-        self.batch, self.run_id = batch, run_id
+        self.batch, self.run_id = batch, record.id
         self.reused = {stage: plan.cached for stage, plan in batch.plan().items()}
         """Items by stage that were there at the start."""
-        self._settings = run_settings(batch.config)
-        self.coordinator = Coordinator(batch, self._settings, observer)
+        self._record = record
         self._observer = observer
         self._stopped = threading.Event()
         self._reasons_to_stop = [self._stopped.is_set, cancelled]
+        self.run = batch_run(batch, record, observer, self._should_stop, self._submit, on_complete)
         self._news: SimpleQueue[ShardRun | Line | None] = SimpleQueue()
         self._outcome: Future[Result] = Future()
         self._under_way = threading.Event()
-        self._queues: LocalQueues | None = None
-        self._thread = threading.Thread(target=self._run, name=run_id)
+        self._workers: WorkerProcesses | None = None
+        self._thread = threading.Thread(target=self._run, name=self.run_id)
 
     def __enter__(self) -> "Execution":
         self._thread.start()
@@ -110,8 +120,8 @@ class Execution:
     ) -> None:
         if kind:
             self.stop()
-        if kind and not issubclass(kind, Exception) and self._queues:
-            self._queues.stop()  # Ctrl-C for the second time
+        if kind and not issubclass(kind, Exception) and self._workers:
+            self._workers.stop()  # Ctrl-C for the second time
         self._thread.join()
 
     def stop(self) -> None:
@@ -140,7 +150,7 @@ class Execution:
     def _run(self) -> None:
         try:
             with self._logs_heard():
-                result = finish_batch(self.batch, self.run_id, self._compute, self._observer)
+                result = finish_run(self.batch, self._record, self._compute, self._observer)
             self._outcome.set_result(result)
         except BaseException as error:
             self._outcome.set_exception(error)
@@ -149,18 +159,18 @@ class Execution:
             self._news.put(None)
 
     def _compute(self) -> None:
-        with _queues(self.batch, self._settings) as self._queues:
-            self.coordinator.run(self._queues, self._submit, self._should_stop)
+        with workers_for(self.batch, run_settings(self.batch.config)) as self._workers:
+            Coordinator(self._workers).drive(self.run)
 
     def _should_stop(self) -> bool:
         return any(reason() for reason in self._reasons_to_stop)
 
-    def _submit(self, stage: str, queue: str, label: str, call: Call) -> None:
-        ShardRun(stage, queue, label, call, self._news.put, self._under_way.set).start()
+    def _submit(self, stage: str, worker: str, label: str, call: Call) -> None:
+        ShardRun(stage, worker, label, call, self._news.put, self._under_way.set).start()
 
     @contextmanager
     def _logs_heard(self) -> Iterator[None]:
-        handler = _Handler(self.coordinator, self._news.put)
+        handler = _Handler(self.run.name_of, self._news.put)
         loggers = [logging.getLogger(name) for name in ("avatar_core", "flows")]
         before = [(logger, logger.level, logger.propagate) for logger in loggers]
         for logger in loggers:
@@ -176,26 +186,18 @@ class Execution:
                 logger.removeHandler(handler)
 
 
-def _queues(batch: Batch, settings: RunSettings) -> LocalQueues:
-    """No more queues than could be busy at once, none where nothing is to do."""
-    to_do = {stage: len(stage_plan.to_do) for stage, stage_plan in batch.plan().items()}
-    on_gpu = any(count and batch.stages[stage].queue == "gpu" for stage, count in to_do.items())
-    cpus = min(settings.cpus, max(to_do.values(), default=0))
-    return LocalQueues(settings.gpus if on_gpu else (), settings.pretend, cpus)
-
-
 class _Handler(logging.Handler):
     """Gives a record to the shard in whose thread it is made, with the clip that it is about."""
 
-    def __init__(self, coordinator: Coordinator, tell: Callable[[Line], None]) -> None:
+    def __init__(self, name_of: Callable[[str], str | None], tell: Callable[[Line], None]) -> None:
         super().__init__()
-        self._coordinator = coordinator
+        self._name_of = name_of
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             key = getattr(record, "item_key", None)
-            name = key and self._coordinator.clip_name(key)
+            name = key and self._name_of(key)
             line = Line(record.levelno, f"{name}: {self.format(record)}" if name else self.format(record))
             shard = _shard_at_hand.get(None)
             shard.tell(line) if shard else self._tell(line)

@@ -12,8 +12,8 @@ from avatar_core.config import Config
 from avatar_core.errors import AvatarError, ConfigError
 from avatar_core.media.source import local_path, scheme_of
 from avatar_core.media.table import PATHS
-from avatar_core.pipeline import Result
 from avatar_core.planning.batch import Batch, open_storage
+from avatar_core.result import Result
 from avatar_core.store.disk import clone_or_copy, publishing
 from flows.streams import EXIT_READER_LEFT, output_for_bytes, output_is_closed
 

@@ -27,16 +27,17 @@ from slugify import slugify
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
-from avatar_core.execution.coordinator import NOUNS, counted
-from avatar_core.execution.worker_process import JobResult
-from avatar_core.pipeline import Result, record_run
+from avatar_core.execution.tally import NOUNS, counted
+from avatar_core.execution.worker import JobResult
+from avatar_core.pipeline import begin_run
 from avatar_core.planning.batch import Batch, open_batch, open_storage
 from avatar_core.planning.runs import find_run
 from avatar_core.progress import Silent
+from avatar_core.result import Result
 from flows.alive import crash_lost_runs, mark_alive
-from flows.cli import stoppable
 from flows.compose import compose_config, quoted
 from flows.execution import Execution, Line, ShardRun
+from flows.stopping import stoppable
 from tasks.shards import reuse, show_shard
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,8 @@ def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
 
 def _opened(config: Config, cancelled: Callable[[], bool]) -> Execution:
     observer = LogObserver()
-    batch = open_batch(config, observer, cancelled)
-    return Execution(batch, record_run(batch), observer, cancelled)
+    batch = open_batch(config, observer)
+    return Execution(batch, begin_run(batch), observer, cancelled)
 
 
 def _show(execution: Execution) -> State[Any]:
@@ -129,7 +130,7 @@ def _show(execution: Execution) -> State[Any]:
     shown.settle()
     with _not_vital():
         _show_result(execution.batch.name, result)
-    return _final_state(result, execution.coordinator.undone)
+    return _final_state(result, execution.run.undone)
 
 
 def _final_state(result: Result, undone: int) -> State[Any]:
@@ -196,7 +197,7 @@ class _TaskRuns:
             return self._state(shard.stage, shard.result())
 
         self._unread.add(shard)
-        self._keep(show_shard.submit(f"{shard.label} · {shard.queue}", until_it_ends))
+        self._keep(show_shard.submit(f"{shard.label} · {shard.worker}", until_it_ends))
 
     def settle(self) -> None:
         before = 0
@@ -299,7 +300,7 @@ class _Monitor:
         state = client.read_flow_run(self._flow_run_id).state
         if state and (state.is_cancelling() or state.is_cancelled()):
             self._execution.stop()
-        percent = round(100 * self._execution.coordinator.progress, 1)
+        percent = round(100 * self._execution.run.progress, 1)
         client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
         client.update_artifact(self._table_id, ArtifactUpdate(data=json.dumps(self._table())))
 
@@ -313,5 +314,5 @@ class _Monitor:
                 "failed": tally.failed,
                 "seconds": round(tally.seconds, 1),
             }
-            for stage, tally in list(self._execution.coordinator.tallies.items())
+            for stage, tally in list(self._execution.run.tallies.items())
         ]

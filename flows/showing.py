@@ -16,8 +16,9 @@ from flows.execution import Execution
 from flows.server import answers, names_server, server_environment
 
 if TYPE_CHECKING:
-    from avatar_core.pipeline import Result
     from avatar_core.planning.batch import Batch
+    from avatar_core.planning.runs import RunRecord
+    from avatar_core.result import Result
     from flows.terminal import View
 
 HEAD_START_S = 2.0
@@ -25,22 +26,32 @@ REPORT_S = 10.0
 _THREAD = "showing"
 
 
-def run_shown(batch: "Batch", run_id: str, view: "View", stopped: Callable[[], bool]) -> "Result":
-    """Begins the work at once; a Prefect server, where there is one, shows it from when Prefect is imported.
+def run_shown(
+    batch: "Batch",
+    record: "RunRecord",
+    view: "View",
+    stopped: Callable[[], bool],
+    on_complete: Callable[[], None],
+    show: Callable[["Result"], None],
+) -> "Result":
+    """Begins the work at once; a Prefect server, where there is one, shows it from when Prefect is imported,
+    and is told of the end after `show` had the result.
 
     Raises what the work ended with, and `ConfigError` where the user's own server does not answer.
     """
-    with Execution(batch, run_id, view, stopped) as execution:
-        if not names_server():
-            return execution.result()
-        showing = _Showing(execution, view)
-        showing.start()
+    with Execution(batch, record, view, stopped, on_complete) as execution:
+        showing = _Showing(execution, view) if names_server() else None
+        if showing:
+            showing.start()
         try:
             result = execution.result()
         except Exception:
-            showing.end(stopped)
+            if showing:
+                showing.end(stopped)
             raise
-        showing.end(stopped)
+        show(result)
+        if showing:
+            showing.end(stopped)
         return result
 
 

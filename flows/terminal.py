@@ -1,6 +1,7 @@
 """What a run looks like: live bars in a terminal, plain lines elsewhere."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -21,10 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from avatar_core.origins import replacement
-from avatar_core.pipeline import Estimate, Result
 from avatar_core.planning.batch import Batch
+from avatar_core.planning.estimate import Estimate
 from avatar_core.planning.plan import Outlook
 from avatar_core.progress import Observer, StepClock
+from avatar_core.result import Result
 
 ROWS_SHOWN = 40
 REASONS_SHOWN = 10
@@ -49,8 +51,9 @@ class PlainView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._done: dict[str, int] = {}
+        self._done: Counter[str] = Counter()
         self._to_do: dict[str, int] = {}
+        self._said: dict[str, str] = {}
         self._clock = StepClock()
         self._told_s = time.monotonic()
 
@@ -61,8 +64,14 @@ class PlainView:
         pass
 
     def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
-        self._done[stage], self._to_do[stage] = 0, to_do
-        self._line(f"{stage}: {to_do} to do, {cached} of {items} cached")
+        self._to_do[stage] = to_do
+        text = f"{stage}: {to_do} to do, {cached} of {items} cached"
+        if self._said.get(stage) != text:
+            self._said[stage] = text
+            self._line(text)
+
+    def stage_grew(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
+        self._to_do[stage] = to_do  # told once all is known
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
         text = self._clock.text(key, done, total)
@@ -111,8 +120,8 @@ class LiveView:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._failed: dict[str, int] = {}
-        self._whole: dict[str, int] = {}
+        self._failed: Counter[str] = Counter()
+        self._whole: Counter[str] = Counter()
         self._cached: dict[str, int] = {}
         self._clock = StepClock()
 
@@ -124,14 +133,16 @@ class LiveView:
         self.progress.stop()
 
     def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
-        if stage in self._tasks:  # damaged results are being computed again
-            self.progress.remove_task(self._tasks[stage])
-        self._failed[stage], self._whole[stage], self._cached[stage] = 0, 0, cached
-        self._tasks[stage] = self.progress.add_task(stage, total=max(to_do, 1), note="", to_do=to_do)
+        self._cached[stage] = cached
+        if stage not in self._tasks:
+            self._tasks[stage] = self.progress.add_task(stage, note="", to_do=to_do)
         if to_do:
+            self.progress.update(self._tasks[stage], total=to_do, to_do=to_do)
             self._show(stage, 0.0)
         else:
             self.progress.update(self._tasks[stage], completed=items, total=items, note="all cached")
+
+    stage_grew = stage_started
 
     def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
         text = self._clock.text(key, done, total)

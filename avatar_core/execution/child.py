@@ -1,4 +1,4 @@
-"""The child process of a local queue: runs shards as they come and keeps what it loaded."""
+"""The child process of a worker: runs shards as they come and keeps what it loaded."""
 
 import fcntl
 import json
@@ -20,26 +20,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from avatar_core.backends.base import create_backend
-from avatar_core.errors import AvatarError, Cancelled
+from avatar_core.execution.device import Device
 from avatar_core.execution.shard import one_thread, run_shard
-from avatar_core.execution.worker_process import Job, JobResult, Row, Said, shared_number
-from avatar_core.stages.base import Stage
-from avatar_core.stages.registry import create_stages
+from avatar_core.execution.worker import Job, JobResult, Opened, Row, refusal, result_of
+from avatar_core.execution.worker_process import CancelledJobs, ChildSettings, Said
 from avatar_core.store.manifest import parquet_bytes
-from avatar_core.store.storage import Storage
-
-log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 0.1
 
 
-def serve(name: str, connection: str, cell: str) -> None:
-    """The life of a child, until its parent closes the connection; the numbers are file descriptors."""
+def serve(settings: str) -> None:
+    """The life of a child, until its parent closes the connection; `settings` are JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
-    multiprocessing.current_process().name = name  # log records carry it
-    _Worker(Connection(int(connection)), shared_number(int(cell))).serve()
+    given = ChildSettings(**json.loads(settings))
+    multiprocessing.current_process().name = given.name  # log records carry it
+    _Child(given).serve()
 
 
 def _end_with_parent() -> None:
@@ -56,18 +52,20 @@ def _end_with_parent() -> None:
     fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-class _Worker:
-    """Runs jobs with storages, backends and models that stay.
+class _Child:
+    """Runs jobs with storages, backends and models that stay until it was idle for long.
 
     A job's results are committed in a second thread, while the next job's first item is worked on.
     """
 
-    def __init__(self, connection: Connection, cancelled: memoryview) -> None:
-        self._connection = connection
-        self._cancelled = cancelled
+    def __init__(self, settings: ChildSettings) -> None:
+        self._connection = Connection(settings.connection)
+        self._cancelled = CancelledJobs(settings.cells)
+        self._settings = settings
+        self._device = Device(gpu=settings.gpu, pretended=settings.pretended)
         self._sending = threading.Lock()
         self._committer = ThreadPoolExecutor(1)
-        self._opened: dict[str, tuple[Storage, dict[str, Stage]]] = {}
+        self._opened = Opened()
         self._told_s = 0.0
         self._at_last_item = False
         self._number = 0
@@ -84,6 +82,8 @@ class _Worker:
         self.send(0, Said.READY)
         with suppress(EOFError, ConnectionError):
             while True:
+                if not self._connection.poll(self._settings.idle_s):
+                    self._device.let_go()
                 self._number, self._item_key = self._connection.recv(), None
                 self.send(self._number, Said.BEGUN)
                 self._work(self._number, self._connection.recv_bytes())
@@ -100,51 +100,53 @@ class _Worker:
         commits: list[Callable[[], None]] = []
         error: Exception | None = None
         self._told_s, self._at_last_item = 0.0, False
+        job: Job = pickle.loads(message)
+        if refused := refusal(job):
+            self.send(number, refused)
+            return
         try:
-            device, job = pickle.loads(message)
-            storage, stages = self._open(job)
+            storage, stage = self._opened.get(job)
+            if holder := self._device.take_for(stage, job.items):
+                self.send(number, JobResult(busy=holder))
+                return
             run_shard(
                 storage,
-                stages[job.stage],
+                stage,
                 job.items,
                 job.inputs,
-                device=device,
+                device=self._device.of(stage),
                 memory=job.memory,
-                cancelled=lambda: self._cancelled[0] >= number,
+                cancelled=lambda: number in self._cancelled,
                 on_progress=lambda key, done, total: self._progress(job.items[-1].key, key, done, total),
                 on_row=lambda row: self._keep(row, rows),
                 commit_with=commits.append,
             )
         except Exception as caught:
             error = caught
-        self._committer.submit(self._end, number, commits, rows, error)
+        self._committer.submit(self._end, number, job, commits, rows, error)
 
     def _end(
-        self, number: int, commits: Sequence[Callable[[], None]], rows: Sequence[Row], error: Exception | None
+        self,
+        number: int,
+        job: Job,
+        commits: Sequence[Callable[[], None]],
+        rows: Sequence[Row],
+        error: Exception | None,
     ) -> None:
         self._ending.number = number
         try:
             for commit in commits:
                 commit()
         except Exception as caught:
-            self.send(number, _failed(caught, ()))
+            self.send(number, result_of(job, (), caught))
         else:
-            self.send(number, _failed(error, rows) if error else JobResult(rows=tuple(rows)))
+            self.send(number, result_of(job, rows, error))
 
     def subject(self) -> tuple[int, str | None]:
         """Number and item of the job that the present thread is at; libraries' threads are with the items."""
         if ending := getattr(self._ending, "number", None):
             return ending, None
         return self._number, self._item_key
-
-    def _open(self, job: Job) -> tuple[Storage, dict[str, Stage]]:
-        settings = [job.root, job.options, job.cache_dir, job.cache_bytes, job.backend]
-        name = json.dumps(settings, sort_keys=True, default=str)
-        if name not in self._opened:
-            cache_dir = Path(job.cache_dir) if job.cache_dir else None
-            storage = Storage(job.root, job.options, cache_dir, job.cache_bytes)
-            self._opened[name] = storage, create_stages(create_backend(job.backend))
-        return self._opened[name]
 
     def _progress(self, last_key: str, key: str, done: int, total: int) -> None:
         self._item_key = key
@@ -185,24 +187,10 @@ def _without(package: str) -> Iterator[None]:
         sys.meta_path.remove(Absent)
 
 
-def _failed(error: Exception, rows: Sequence[Row]) -> JobResult:
-    text = " ".join(str(error).split()) or "no message"
-    if not isinstance(error, AvatarError):
-        log.error("a shard failed", exc_info=error)
-        text = f"unexpected {type(error).__name__}: {text}"
-    return JobResult(
-        rows=tuple(rows),
-        error=text,
-        error_type=type(error).__name__,
-        keys=tuple(getattr(error, "keys", ())),
-        cancelled=isinstance(error, Cancelled),
-    )
-
-
 class _PipeHandler(logging.Handler):
     """Sends records as text: arguments and tracebacks would not survive the way."""
 
-    def __init__(self, worker: _Worker) -> None:
+    def __init__(self, worker: _Child) -> None:
         super().__init__()
         self._worker = worker
 

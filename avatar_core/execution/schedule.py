@@ -6,7 +6,7 @@ best first, and no Python object exists per item.
 """
 
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
@@ -28,13 +28,15 @@ SMALLEST_SHARD = 0.125
 
 @dataclass(frozen=True)
 class StageInfo:
-    """`model` names what must be loaded: stages of equal names share it, "" needs nothing."""
+    """`model` names what must be loaded: stages of equal names share it, "" needs nothing. What a stage that
+    `opens_clips` gives is what clips are planned from: more of the other stages follows."""
 
     name: str
     queue: QueueKind
     model: str
     seconds_per_work: float
     max_items: int = 256
+    opens_clips: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class Counts(NamedTuple):
 
 
 class Schedule:
-    """Shards for queues that come, pause and die.
+    """Shards for queues, which may pause.
 
     A queue stays with the models that it holds, and otherwise takes the deepest stage that has something
-    ready: clips are finished rather than stages. Where one process replaces another, remove its queue and
-    add the new one before the next call of `next`: while no gpu queue exists, cpu queues take all stages.
+    ready: clips are finished rather than stages. Once the first clip is there it takes turns between that and
+    what opens clips, so that all are known before most are finished. While no gpu queue exists, cpu queues
+    take all stages.
     """
 
     def __init__(
@@ -73,7 +76,6 @@ class Schedule:
         edges: NDArray[np.integer[Any]],
         *,
         shard_seconds: float = 10.0,
-        shards_per_queue: int = 2,
         models_kept: int = 2,
         drain_seconds: float = 120.0,
     ) -> None:
@@ -85,29 +87,48 @@ class Schedule:
         self._graph = _Graph(stages, stage_of, work, edges)
         self._stages = {stage.info.name: stage for stage in self._graph.stages}
         self._shard_seconds = shard_seconds
-        self._shards_per_queue = shards_per_queue
         self._models_kept = models_kept
         self._drain_seconds = drain_seconds
         self._queues: dict[str, _Queue] = {}
         self._shards: dict[int, Shard] = {}
         self._detached: set[int] = set()
+        self._has_clip = False
         self._last_id = 0
         self._form_teams()
 
-    def add_queue(self, name: str, kind: QueueKind, speed: float = 1.0) -> None:
+    def add_queue(self, name: str, kind: QueueKind, capacity: int = 2) -> None:
+        """It is given no more than `capacity` shards at once."""
         if name in self._queues:
-            raise ValueError(f"queue {name!r} exists already; remove it first")
-        self._queues[name] = _Queue(name, kind, speed)
+            raise ValueError(f"queue {name!r} exists already")
+        self._queues[name] = _Queue(name, kind, capacity)
         self._form_teams()
 
-    def remove_queue(self, name: str) -> list[int]:
-        """The shards that were put back: what the queue had not ended is ready for others."""
-        put_back = sorted(self._queues[name].shard_ids)
-        for shard_id in put_back:
-            self.give_back(shard_id)
-        del self._queues[name]
+    def extend(
+        self,
+        stages: Sequence[StageInfo],
+        stage_of: NDArray[np.integer[Any]],
+        work: NDArray[np.floating[Any]],
+        edges: NDArray[np.integer[Any]],
+        renumbered: Mapping[int, int],
+        failed: Collection[int] = (),
+    ) -> None:
+        """Other items in place of the present ones, as at the beginning. Those that are running go on, under
+        the numbers that `renumbered` gives for the present ones; what it leaves out counts no longer."""
+        before = self._stages
+        self._graph = _Graph(stages, stage_of, work, edges)
+        self._stages = {stage.info.name: stage for stage in self._graph.stages}
+        for name, stage in self._stages.items():
+            if name in before:
+                stage.go_on_from(before[name])
+        for shard in self._shards.values():
+            items = tuple(renumbered[item] for item in shard.items if item in renumbered)
+            self._shards[shard.id] = replace(shard, items=items)
+        self._detached = {renumbered[item] for item in self._detached if item in renumbered}
+        for item in renumbered.values():
+            self._graph.move(self._graph.rank_of[item], RUNNING)
+        for item in failed:
+            self._graph.fail(self._graph.rank_of[item])
         self._form_teams()
-        return put_back
 
     def pause(self, name: str) -> None:
         """No more shards for this queue; those that it has are still awaited."""
@@ -126,12 +147,12 @@ class Schedule:
         of a stage continue each other, so that no other clip slips in before the next item.
         """
         queue = self._queues[queue_name]
-        if queue.paused or len(queue.shard_ids) >= self._shards_per_queue:
+        if queue.paused or len(queue.shard_ids) >= queue.capacity:
             return None
         stage = self._choose(queue)
         if stage is None:
             return None
-        share_s = self._teams[queue.kind].seconds_through() / self._shards_per_queue
+        share_s = self._teams[queue.kind].seconds_through() / queue.capacity
         ranks, seconds = self._pack(stage, queue, share_s)
         if queue.shard_ids and (stage.chained or seconds > share_s):
             return None
@@ -185,11 +206,13 @@ class Schedule:
             elif item in failed:
                 self._graph.fail(rank)
             else:
-                self._graph.finish(rank)
+                self._has_clip |= self._graph.finish(rank)
 
-    def measured(self, stage: str, seconds: float, work: float, speed: float = 1.0) -> None:
-        """`work` of the stage took `seconds` on a queue of `speed`; replaces the assumed rate."""
-        self._stages[stage].measured_seconds += seconds * speed
+    def measured(self, stage: str, seconds: float, work: float) -> None:
+        """`work` of the stage took `seconds`; replaces the assumed rate."""
+        if stage not in self._stages:
+            return
+        self._stages[stage].measured_seconds += seconds
         self._stages[stage].measured_work += work
 
     @property
@@ -202,9 +225,9 @@ class Schedule:
 
     @property
     def forecast_seconds(self) -> float:
-        """Until all is done by the queues that are there now (by one of speed 1, where none is)."""
+        """Until all is done by the queues that are there now (by one, where none is)."""
         return max(
-            sum(stage.seconds(*UNFINISHED) for stage in team.stages) / (team.speed or 1.0)
+            sum(stage.seconds(*UNFINISHED) for stage in team.stages) / (team.size or 1)
             for team in self._teams.values()
         )
 
@@ -214,14 +237,16 @@ class Schedule:
         self._teams: dict[QueueKind, _Team] = {}
         for kind in ("cpu", "gpu"):
             stages = [s for s in deepest_first if (s.info.queue if "gpu" in kinds else "cpu") == kind]
-            speeds = [q.speed for q in self._queues.values() if q.kind == kind and not q.paused]
-            self._teams[kind] = _Team(stages, sum(speeds), len(speeds))
+            size = sum(queue.kind == kind and not queue.paused for queue in self._queues.values())
+            self._teams[kind] = _Team(stages, size)
 
     def _choose(self, queue: "_Queue") -> "_Stage | None":
         """The deepest stage whose model the queue holds or that is worth a load."""
         ready = [stage for stage in self._teams[queue.kind].stages if stage.counts[READY]]
         if len(ready) > 1:
             ready.sort(key=lambda stage: (-stage.level, self._graph.first_clip(stage)))
+            if self._has_clip:
+                ready.sort(key=lambda stage: stage.info.opens_clips == queue.opened_clips)
         for index, stage in enumerate(ready):
             if queue.holds(stage.info.model) or not self._waits(stage, ready[index + 1 :], queue):
                 return stage
@@ -233,7 +258,7 @@ class Schedule:
         A load must pay: where the queue can go on with what it holds, for a full shard only; and what is
         cheap (text, reference) is drained before what is costly (denoise), rather than taken in turns.
         """
-        full = stage.counts[READY] >= stage.ramp or stage.seconds(READY) >= self._shard_seconds * queue.speed
+        full = stage.counts[READY] >= stage.ramp or stage.seconds(READY) >= self._shard_seconds
         held = [other for other in others if queue.holds(other.info.model)][:1]
         if held and not full:
             return True
@@ -245,7 +270,7 @@ class Schedule:
     def _pack(self, stage: "_Stage", queue: "_Queue", share_s: float) -> tuple[list[int], float]:
         """The best ready items: `shard_seconds` of them, or `share_s` if that is less, but one at least."""
         limit_s = min(self._shard_seconds, max(share_s, SMALLEST_SHARD * self._shard_seconds))
-        seconds_per_work = stage.seconds_per_work / queue.speed
+        seconds_per_work = stage.seconds_per_work
         ranks: list[int] = []
         total_s = 0.0
         for rank in self._graph.ready(stage, stage.ramp):
@@ -261,7 +286,7 @@ class Schedule:
             self._graph.move(rank, RUNNING)
         stage.first_ready = ranks[-1] + 1
         stage.ramp = min(2 * stage.ramp, stage.info.max_items)
-        queue.use(stage.info.model, seconds, self._models_kept)
+        queue.use(stage.info, seconds, self._models_kept)
         self._last_id += 1
         items = tuple(self._graph.item_at[rank] for rank in ranks)
         shard = Shard(self._last_id, stage.info.name, items, queue.name, seconds)
@@ -274,8 +299,9 @@ class Schedule:
 class _Queue:
     name: str
     kind: QueueKind
-    speed: float
+    capacity: int
     paused: bool = False
+    opened_clips: bool = False  # with its last shard
     shard_ids: set[int] = field(default_factory=set)
     models: list[str] = field(default_factory=list)  # least recently used first
     seconds_since_load: float = 0.0
@@ -283,7 +309,9 @@ class _Queue:
     def holds(self, model: str) -> bool:
         return not model or model in self.models
 
-    def use(self, model: str, seconds: float, kept: int) -> None:
+    def use(self, stage: StageInfo, seconds: float, kept: int) -> None:
+        self.opened_clips = stage.opens_clips
+        model = stage.model
         if not self.holds(model):
             self.seconds_since_load = 0.0
         self.seconds_since_load += seconds
@@ -296,14 +324,13 @@ class _Team:
     """The queues of one kind that are not paused, and the stages that they run, deepest first."""
 
     stages: "list[_Stage]"
-    speed: float
     size: int
 
     def seconds_through(self) -> float:
         """In which all queues together do what is ready; endless for one alone, which need not share."""
         if self.size < 2:
             return inf
-        return sum(stage.seconds(READY) for stage in self.stages) / self.speed
+        return sum(stage.seconds(READY) for stage in self.stages) / self.size
 
 
 class _Stage:
@@ -323,6 +350,11 @@ class _Stage:
         self.ramp = 1  # items of the next shard at most: 1, 2, 4, ... so that the first clip is early
         self.measured_seconds = 0.0
         self.measured_work = 0.0
+
+    def go_on_from(self, before: "_Stage") -> None:
+        """With what was learned of the same stage."""
+        self.ramp = before.ramp
+        self.measured_seconds, self.measured_work = before.measured_seconds, before.measured_work
 
     @property
     def seconds_per_work(self) -> float:
@@ -391,12 +423,15 @@ class _Graph:
         stage.work[before] = stage.work[before] - work if stage.counts[before] else 0.0
         stage.work[state] += work
 
-    def finish(self, rank: int) -> None:
+    def finish(self, rank: int) -> bool:
+        """Whether it is a clip: nothing consumes it, and no clips are opened by it."""
         self.move(rank, DONE)
-        for consumer in self._consumers_of(rank):
+        consumers = self._consumers_of(rank)
+        for consumer in consumers:
             self._unmet[consumer] -= 1
             if self.state[consumer] == WAITING and not self._unmet[consumer]:
                 self.move(consumer, READY)
+        return not consumers and not self.stages[self._stage_at[rank]].info.opens_clips
 
     def fail(self, rank: int) -> None:
         """Blocks all that descends from it."""
@@ -418,7 +453,8 @@ def _tallies(
     work: NDArray[np.float64],
     stage_edges: NDArray[np.integer[Any]],
 ) -> list[_Stage]:
-    levels, chained = [0] * len(infos), [False] * len(infos)
+    # What opens clips comes after what they need.
+    levels, chained = [0 if not info.opens_clips else -1 for info in infos], [False] * len(infos)
     for above, below in np.unique(stage_edges, axis=0).tolist():
         if above > below:
             raise ValueError(f"{infos[below].name} follows {infos[above].name}: give stages in depth order")

@@ -125,7 +125,7 @@ class _Ladder:
 
     def descend(self) -> None:
         """Lets go of all models, so that there is room again even on the lowest level."""
-        _drop_models()
+        drop_models()
         self._levels = self._levels[1:] or self._levels
 
 
@@ -176,9 +176,7 @@ def _resolve(storage: Storage, spec: ItemSpec, inputs: Rows) -> Item:
         outputs[stage] = [_open(storage, stage, key, inputs[stage][key]) for key in keys]
     paths: dict[str, list[Path]] = {}
     for column, assets in spec.assets.items():
-        paths[column] = [
-            _verified(storage, asset.path, asset.sha256, f"ingest:{asset.key}") for asset in assets
-        ]
+        paths[column] = [_verified(storage, asset.path, asset.sha256, asset.owner) for asset in assets]
     return Item(spec.key, outputs, paths, spec.source, storage.unfinished_file(spec.key))
 
 
@@ -202,7 +200,7 @@ def _load(stage: Stage, config: Any, files: Hashable, device: str, memory: str |
     name = (stage.name, stage.version, files, _fixed_options(config), device, memory)
     if name not in _models:
         if _is_half_full(device):
-            _drop_models()
+            drop_models()
         _models[name] = stage.load(config, device, memory)
         _limit_to_one_thread()  # libraries that came with the model, too
         while len(_models) > _MODELS_KEPT:
@@ -229,7 +227,8 @@ def _is_half_full(device: str) -> bool:
     return bool(free < total / 2)
 
 
-def _drop_models() -> None:
+def drop_models() -> None:
+    """Those that this process keeps, and the memory of the GPU that they took."""
     _models.clear()
     gc.collect()
     if torch := sys.modules.get("torch"):

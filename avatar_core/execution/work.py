@@ -1,12 +1,12 @@
 """What is to do in a plan, as arrays for the schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avatar_core.execution.schedule import Shard
-from avatar_core.planning.plan import StagePlan
+from avatar_core.planning.plan import Items, StagePlan
 from avatar_core.stages.base import ItemSpec
 
 
@@ -32,10 +32,11 @@ class Work:
     def edges(self) -> NDArray[np.intc]:
         """Producer and consumer, shape (m, 2)."""
         edges = [np.empty((0, 2), np.intc)]
-        for stage, to_do in self._to_do.items():
+        of_clips = {stage: items for stage, items in self._to_do.items() if isinstance(items, Items)}
+        for stage, to_do in of_clips.items():
             consumed = to_do.inputs
-            for upstream in (name for name in self._to_do if name in consumed):
-                places = to_do.places_in(self._to_do[upstream])
+            for upstream in (name for name in of_clips if name in consumed):
+                places = to_do.places_in(of_clips[upstream])
                 consumers = np.flatnonzero(places >= 0)
                 pair = places[consumers] + self._first[upstream], consumers + self._first[stage]
                 edges.append(np.stack(pair, axis=1).astype(np.intc))
@@ -44,6 +45,13 @@ class Work:
     def specs(self, shard: Shard) -> list[ItemSpec]:
         to_do, first = self._to_do[shard.stage], self._first[shard.stage]
         return [to_do[item - first] for item in shard.items]
+
+    def numbers(self, stage: str, keys: Collection[str]) -> dict[str, int]:
+        """Those of the items of these keys, as far as they are to do."""
+        if stage not in self._to_do or not keys:
+            return {}
+        places = self._to_do[stage].places(keys)
+        return {key: self._first[stage] + place for key, place in places.items()}
 
     def example(self, stage: str) -> ItemSpec:
         return self._to_do[stage][0]

@@ -1,4 +1,4 @@
-"""Local queues: a child process per GPU and some for the CPU, each working on one shard at a time.
+"""Workers that are child processes: one per GPU and some for the CPU, each at one shard at a time.
 
 A child keeps its models between shards and knows no flow engine. It is started as a fresh interpreter, not
 by `multiprocessing`, which would import the parent's main module into it and set its environment too late.
@@ -7,6 +7,7 @@ commits meanwhile. A child that dies or falls silent is replaced; its shards are
 """
 
 import dataclasses
+import json
 import logging
 import mmap
 import os
@@ -23,69 +24,39 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
+from avatar_core.config import RuntimeConfig
 from avatar_core.errors import ConfigError
-from avatar_core.execution.shard import AUTO, Rows
-from avatar_core.stages.base import ItemSpec
+from avatar_core.execution.worker import Cancellation, Job, JobResult, Listener, WorkerKind
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-OnProgress = Callable[[str, int, int], None]
-OnRow = Callable[[Row], None]
 
 START_TIMEOUT_S = 300.0  # for imports, which are slow from a cold network disk
 _EXIT_GRACE_S = 1.0  # for a process on its way out to leave its own exit status
 _END_TIMEOUT_S = 30.0
-_ALL = 2**63 - 1
 
 _BOOT = (
-    "import sys; sys.path[:] = sys.argv[4:]; "
-    "from avatar_core.execution.child import serve; serve(*sys.argv[1:4])"
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from avatar_core.execution.child import serve; serve(sys.argv[1])"
 )
 
 
 @dataclass(frozen=True)
-class Job:
-    """A shard and where its results go, as plain data.
+class ChildSettings:
+    """What a child is started with; `connection` and `cells` are file descriptors. `gpu` says whether it has
+    one of its own, and `pretended` names one that it only pretends to have."""
 
-    `backend` holds the resolved values for `create_backend`, its name included; `options` are those of
-    `Storage` and never shown.
-    """
-
-    root: str
-    options: Mapping[str, Any] = field(repr=False)
-    cache_dir: str | None
-    cache_bytes: int
-    backend: Mapping[str, Any]
-    stage: str
-    items: tuple[ItemSpec, ...]
-    inputs: Rows
-    memory: str = AUTO
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """`rows` are committed, also where there is an error; `unfinished` are the keys of the other items.
-
-    `keys` names stored results that must be computed again. Where the child died or hung, `last_item` is
-    the key of the item that it worked on, None outside of any item. What it had besides, a shard that was
-    being committed or had not begun, ends as `cancelled`: nothing speaks against doing it again.
-    """
-
-    rows: tuple[Row, ...] = ()
-    error: str | None = None
-    error_type: str | None = None
-    keys: tuple[str, ...] = ()
-    cancelled: bool = False
-    died: bool = False
-    hung: bool = False
-    unfinished: tuple[str, ...] = ()
-    last_item: str | None = None
+    name: str
+    connection: int
+    cells: int
+    gpu: bool
+    pretended: str | None
+    idle_s: float
 
 
 class Said(Enum):
@@ -103,40 +74,32 @@ class _End(Enum):
     LOST_WITH_ANOTHER = auto()
 
 
-def _show_no_start() -> None:
-    pass
+class WorkerProcess:
+    """One child process. `gpu` is the device that it gets, as `CUDA_VISIBLE_DEVICES` has it; with `pretend`
+    it computes on the CPU as if it had that one. A GPU is let go once there was nothing to do for `idle_s`.
+    """
 
-
-def _show_no_progress(key: str, done: int, total: int) -> None:
-    pass
-
-
-def _show_no_row(row: Row) -> None:
-    pass
-
-
-class LocalQueue:
-    """One child process. `pretend` makes a GPU queue of a machine without GPUs, which computes on the CPU."""
+    capacity = 2
 
     def __init__(
         self,
         name: str,
-        kind: Literal["gpu", "cpu"],
-        environment: Mapping[str, str] | None = None,
+        gpu: str | None = None,
+        *,
         pretend: bool = False,
+        idle_s: float = RuntimeConfig.idle_s,
     ) -> None:
         self.name = name
-        self.kind = kind
-        self.device = "cuda" if kind == "gpu" and not pretend else "cpu"
-        self._environment = dict(environment or {})
+        self.kind: WorkerKind = "cpu" if gpu is None else "gpu"
+        self._gpu, self._pretend, self._idle_s = gpu, pretend, idle_s
         self._child: _Child | None = None
         self._turn = threading.Lock()
         self._changing = threading.Lock()
         self._numbers = 0
         # Shared memory without a lock: a child killed or stopped while it held one would block the parent.
-        self._cell = tempfile.TemporaryFile()  # noqa: SIM115
-        self._cell.truncate(mmap.PAGESIZE)
-        self._cancelled = shared_number(self._cell.fileno())
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file.truncate(mmap.PAGESIZE)
+        self._cancelled = CancelledJobs(self._file.fileno())
 
     @property
     def pid(self) -> int | None:
@@ -154,61 +117,60 @@ class LocalQueue:
         self._living_child()
 
     def run(
-        self,
-        job: Job,
-        *,
-        item_timeout_s: float,
-        on_start: Callable[[], None] = _show_no_start,
-        on_progress: OnProgress = _show_no_progress,
-        on_row: OnRow = _show_no_row,
+        self, job: Job, item_timeout_s: float, cancellation: Cancellation, listener: Listener
     ) -> JobResult:
-        """Blocks until the shard has ended; shards of several threads take turns.
+        """Blocks until the shard has ended; shards of several threads take turns. A cancelled one stops at
+        its next report.
 
-        `on_start` tells that its turn has come. `on_row` shows an item as it ends, before its commit and
-        without the place of its tensors. The child is given up after `item_timeout_s` without a word, in
-        which the models must be loaded, an item must report and the shard be committed.
+        The child is given up after `item_timeout_s` without a word, in which the models must be loaded, an
+        item must report and the shard be committed.
         """
         with self._changing:
             self._numbers += 1
             number = self._numbers
-        with ExitStack() as turn:
+        with cancellation.heard_by(lambda: self._cancelled.add(number)), ExitStack() as turn:
             turn.enter_context(self._turn)
-            on_start()
-            child = None if number <= self._cancelled[0] else self._living_child()
+            listener.on_start()
+            child = None if number in self._cancelled else self._living_child()
             if child is None:
                 result = JobResult(cancelled=True)
             else:
-                with closing(child.answers(number, self.device, job, item_timeout_s)) as answers:
-                    result = self._listen(child, job, answers, turn.close, on_progress, on_row)
-        if (result.died or result.hung) and number <= self._cancelled[0]:
+                with closing(child.answers(number, job, item_timeout_s)) as answers:
+                    result = self._listen(child, job, answers, turn.close, listener)
+        if (result.died or result.hung) and number in self._cancelled:
             result = JobResult(cancelled=True)
         committed = {row["key"] for row in result.rows}
         unfinished = tuple(item.key for item in job.items if item.key not in committed)
         return dataclasses.replace(result, unfinished=unfinished)
 
-    def cancel(self) -> None:
-        """Stops the shard at hand at its next report, and those that wait for it. Later ones run."""
-        with self._changing:
-            self._cancelled[0] = max(self._numbers, self._cancelled[0])
-
     def stop(self) -> None:
         """Ends the child at once, and all that it started; whatever runs then returns as cancelled."""
         with self._changing:
-            self._cancelled[0] = _ALL
+            self._cancelled.add_all()
             child, self._child = self._child, None
         if child:
             child.end()
-        self._cell.close()
+        self._file.close()
 
     def _living_child(self) -> "_Child | None":
         with self._changing:
-            if self._cancelled[0] == _ALL:
+            if self._cancelled.has_all:
                 return None
             if self._child and (self._child.lost or self._child.exit_status is not None):
                 self._child.end()
                 self._child = None
             if self._child is None:
-                self._child = _Child(self.name, self._environment, self._cell.fileno())
+                visible = "" if self._gpu is None else self._gpu
+                has_gpu = self._gpu is not None and not self._pretend
+                settings = partial(
+                    ChildSettings,
+                    name=self.name,
+                    cells=self._file.fileno(),
+                    gpu=has_gpu,
+                    pretended=self._gpu if self._pretend else None,
+                    idle_s=self._idle_s,
+                )
+                self._child = _Child(settings, {"CUDA_VISIBLE_DEVICES": visible})
             return self._child
 
     def _listen(
@@ -217,8 +179,7 @@ class LocalQueue:
         job: Job,
         answers: Iterator[Any],
         next_turn: Callable[[], None],
-        on_progress: OnProgress,
-        on_row: OnRow,
+        listener: Listener,
     ) -> JobResult:
         started, ended = False, 0
         try:
@@ -234,7 +195,7 @@ class LocalQueue:
                         _log_here(answer)
                     case (key, done, total):
                         started = True
-                        on_progress(key, done, total)
+                        listener.on_progress(key, done, total)
                     case _End.LOST:
                         self._replace(child, _EXIT_GRACE_S)
                         last_item = job.items[ended].key if started and ended < len(job.items) else None
@@ -244,7 +205,7 @@ class LocalQueue:
                         return JobResult(cancelled=True)
                     case _:
                         ended += 1
-                        on_row(answer)
+                        listener.on_row(answer)
         except BaseException:
             self._replace(child)
             raise
@@ -255,24 +216,28 @@ class LocalQueue:
         self.start()
 
 
-class LocalQueues(Mapping[str, LocalQueue]):
-    """The queues of this machine by name: `gpu-0`, ..., `cpu-0`, ... Leaving the context ends their children.
+class WorkerProcesses(Mapping[str, WorkerProcess]):
+    """The workers of this machine by name: `gpu-0`, `cpu-0`, ... Leaving the context ends their children.
 
     `gpus` are positions among the devices that this process may see.
     """
 
-    def __init__(self, gpus: Sequence[int] = (), pretend: bool = False, cpus: int = 1) -> None:
-        self._queues: dict[str, LocalQueue] = {}
-        for gpu in gpus:
-            device = str(gpu) if pretend else _visible_device(gpu)
-            self._add(LocalQueue(f"gpu-{gpu}", "gpu", {"CUDA_VISIBLE_DEVICES": device}, pretend))
-        for cpu in range(cpus):
-            self._add(LocalQueue(f"cpu-{cpu}", "cpu", {"CUDA_VISIBLE_DEVICES": ""}))
+    def __init__(
+        self,
+        gpus: Sequence[int] = (),
+        pretend: bool = False,
+        cpus: int = 1,
+        idle_s: float = RuntimeConfig.idle_s,
+    ) -> None:
+        devices = {f"gpu-{gpu}": str(gpu) if pretend else _visible_device(gpu) for gpu in gpus}
+        on_gpus = {
+            name: WorkerProcess(name, device, pretend=pretend, idle_s=idle_s)
+            for name, device in devices.items()
+        }
+        names = [f"cpu-{cpu}" for cpu in range(cpus)]
+        self._workers = on_gpus | {name: WorkerProcess(name, idle_s=idle_s) for name in names}
 
-    def _add(self, queue: LocalQueue) -> None:
-        self._queues[queue.name] = queue
-
-    def __enter__(self) -> "LocalQueues":
+    def __enter__(self) -> "WorkerProcesses":
         try:
             self.start()
         except BaseException:
@@ -283,40 +248,37 @@ class LocalQueues(Mapping[str, LocalQueue]):
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def __getitem__(self, name: str) -> LocalQueue:
-        return self._queues[name]
+    def __getitem__(self, name: str) -> WorkerProcess:
+        return self._workers[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._queues)
+        return iter(self._workers)
 
     def __len__(self) -> int:
-        return len(self._queues)
+        return len(self._workers)
 
     def start(self) -> None:
-        for queue in self.values():
-            queue.start()
-
-    def cancel_all(self) -> None:
-        for queue in self.values():
-            queue.cancel()
+        for worker in self.values():
+            worker.start()
 
     def stop(self) -> None:
         with ThreadPoolExecutor(max(1, len(self))) as pool:
-            list(pool.map(LocalQueue.stop, self.values()))
+            list(pool.map(WorkerProcess.stop, self.values()))
 
 
 class _Child:
     """A started interpreter and the pipe to it."""
 
-    def __init__(self, name: str, environment: Mapping[str, str], cell: int) -> None:
+    def __init__(self, settings: "partial[ChildSettings]", environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = [name, str(theirs.fileno()), str(cell), *sys.path]
+            given = settings(connection=theirs.fileno())
+            arguments = [json.dumps(dataclasses.asdict(given)), *sys.path]
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, *arguments],
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,  # never written to: it tells the child that the parent lives
-                pass_fds=(theirs.fileno(), cell),
+                pass_fds=(given.connection, given.cells),
                 process_group=0,  # Ctrl-C is the parent's matter, and what the child starts ends with it
             )
         self._connection = Connection(ours.detach())
@@ -339,9 +301,9 @@ class _Child:
     def in_flight(self) -> int:
         return len(self._talks)
 
-    def answers(self, number: int, device: str, job: Job, item_timeout_s: float) -> Generator[Any]:
+    def answers(self, number: int, job: Job, item_timeout_s: float) -> Generator[Any]:
         """What the child says of this job; a result comes last, or an end without one."""
-        message = pickle.dumps((device, job), pickle.HIGHEST_PROTOCOL)
+        message = pickle.dumps(job, pickle.HIGHEST_PROTOCOL)
         talk = _Talk(
             _Watchdog(self._give_up, item_timeout_s if self._ready else START_TIMEOUT_S), item_timeout_s
         )
@@ -466,21 +428,42 @@ def _visible_device(gpu: int) -> str:
     return names[gpu].strip()
 
 
-def shared_number(file: int) -> memoryview:
-    return memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("q")
+class CancelledJobs:
+    """Numbers of jobs in memory that a parent shares with its child, for as long as there are no more than a
+    few hundred later ones."""
+
+    def __init__(self, file: int) -> None:
+        self._cells = memoryview(mmap.mmap(file, mmap.PAGESIZE)).cast("q")
+
+    def add(self, number: int) -> None:
+        self._cells[self._place(number)] = number
+
+    def add_all(self) -> None:
+        """Of all times."""
+        self._cells[0] = 1
+
+    @property
+    def has_all(self) -> bool:
+        return bool(self._cells[0])
+
+    def __contains__(self, number: int) -> bool:
+        return self.has_all or self._cells[self._place(number)] == number
+
+    def _place(self, number: int) -> int:
+        return 1 + number % (len(self._cells) - 1)
 
 
-def _lost(queue: str, exit_status: int | None, silent_s: float | None, last_item: str | None) -> JobResult:
+def _lost(worker: str, exit_status: int | None, silent_s: float | None, last_item: str | None) -> JobResult:
     place = f"while it worked on item {last_item}" if last_item else "outside of any item"
     if silent_s is not None:
-        error = f"the process of queue {queue} said nothing for {silent_s:g} s {place}; it was replaced"
+        error = f"the process of worker {worker} said nothing for {silent_s:g} s {place}; it was replaced"
         return JobResult(error=error, error_type=TimeoutError.__name__, hung=True, last_item=last_item)
     if exit_status is not None and exit_status < 0:
         how = f"ended by signal {-exit_status} ({signal.strsignal(-exit_status)})"
     else:
         how = f"exited with status {exit_status}"
     hint = "; the usual reason is that memory ran out" if exit_status == -signal.SIGKILL else ""
-    error = f"the process of queue {queue} {how} {place}{hint}"
+    error = f"the process of worker {worker} {how} {place}{hint}"
     return JobResult(error=error, error_type=ChildProcessError.__name__, died=True, last_item=last_item)
 
 

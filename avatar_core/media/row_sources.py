@@ -1,7 +1,7 @@
 """What the clips of a row are made from, as names: `image:<uri>`, `video:<uri>`, `audio:<uri>`, and
 `speech:...` for what a voice says. Equal names mean the same picture or recording."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from avatar_core.media.documents import SILENCE
 from avatar_core.media.table import TableRow, TableRows
@@ -28,6 +28,20 @@ def combination_of(row: TableRow) -> str | None:
         return "turns" if row.voice_2 else None
     is_silent = any(uri.startswith(SILENCE) for uri in (row.audio, row.audio_2))
     return "turns" if is_silent and row.audio_type == "para" else row.audio_type
+
+
+def source_names(rows: TableRows) -> Iterator[tuple[str, ...]]:
+    """All that the clips of each row are made from, in order; nothing for a row with an error."""
+    columns = ("image", "video", "audio", "audio_2", "tts_text", "voice", "voice_2", "error")
+    for image, video, audio, audio_2, text, voice, voice_2, error in rows.columns(*columns):
+        if error:
+            yield ()
+            continue
+        picture = f"image:{image}" if image else f"video:{video}"
+        if text:
+            yield (picture, *map(_speech_name, _spoken(text, (voice, voice_2))))
+        else:
+            yield (picture, *(f"audio:{uri}" for uri in (audio, audio_2) if uri))
 
 
 def speeches_of(rows: TableRows) -> dict[str, Speech]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,17 @@ def stat_source(uri: str, policy: SourcePolicy) -> SourceStat:
         return _find_remote(uri, policy)[2]
     with _open_local(uri, policy) as file:
         return _local_stat(uri, file, policy)
+
+
+def stat_sources(uris: Iterable[str], policy: SourcePolicy) -> dict[str, SourceStat | InputError]:
+    """`stat_source` of each, or what is wrong with it."""
+    stats: dict[str, SourceStat | InputError] = {}
+    for uri in uris:
+        try:
+            stats[uri] = stat_source(uri, policy)
+        except InputError as error:
+            stats[uri] = error
+    return stats
 
 
 def copy_source(uri: str, policy: SourcePolicy, destination: Path) -> str:

@@ -21,7 +21,7 @@ from avatar_core.media.row_sources import combination_of, picture_of, recordings
 from avatar_core.media.speakers import combined_duration_s
 from avatar_core.media.table import TableRow
 from avatar_core.media.video import AAC_SAMPLE_RATES, aac_sample_rate
-from avatar_core.planning.clip import Clip, Source
+from avatar_core.planning.clip import STAGES, Clip, Source
 from avatar_core.planning.clip_names import numbered_name
 from avatar_core.stages.audio import AudioStageConfig, Combination, Segment
 from avatar_core.stages.base import Asset, ItemSpec, Stage
@@ -57,6 +57,8 @@ class ClipBuilder:
         self.stages = stages
         self.sources = sources
         self.windowed = backend if isinstance(backend, WindowedBackend) else None
+        self.clip_stages = [stage for stage in STAGES if stage in stages]
+        self.chained = frozenset({"denoise"} if self.windowed else ())
         # Neighbouring rows share pictures, recordings and options.
         self._settings = lru_cache(RECENT)(self._backend_settings)
         self._face = lru_cache(RECENT)(self._face_item)

@@ -1,67 +1,77 @@
 """The clips of a batch, in columns: no Python object exists per clip."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from avatar_core.media.table import TableRows
-from avatar_core.planning.clip import STAGES, Clip
+from avatar_core.planning.clip import Clip
 from avatar_core.planning.clip_builder import ClipBuilder
-from avatar_core.planning.clip_items import chained, stage_items
+from avatar_core.planning.clip_items import Entries, NewEntries, stage_items
 from avatar_core.planning.clip_names import numbered_name
 from avatar_core.store.key_index import KEY
 
-_NO_KEY = bytes(32)
-
 
 class Clips(Sequence[Clip]):
-    """All clips of a batch, in columns of some 150 bytes a clip; a `Clip` is built when it is asked for."""
+    """Clips of a batch, in columns of some 150 bytes a clip; a `Clip` is built when it is asked for.
+
+    Those of a row are added once its sources are known.
+    """
 
     def __init__(
-        self, builder: "ClipBuilder", rows: TableRows, names: Sequence[str] | NDArray[np.str_]
+        self, builder: ClipBuilder, rows: TableRows, names: Sequence[str] | NDArray[np.str_]
     ) -> None:
         """`names` holds the clip name of each row."""
-        self._builder = builder
+        self.builder = builder
         self._recent: tuple[int, list[Clip]] = -1, []
         self.rows = rows
         self.names: NDArray[np.str_] = np.asarray(names, np.dtypes.StringDType())
-        self.position = array("i")  # of each clip's row in `rows`
-        self.take = array("i")
-        self.part = array("i")
-        self.seed = array("Q")
+        self.position: NDArray[np.intc] = np.empty(0, np.intc)  # of each clip's row in `rows`
+        self.take: NDArray[np.intc] = np.empty(0, np.intc)
+        self.part: NDArray[np.intc] = np.empty(0, np.intc)
+        self.seed: NDArray[np.uint64] = np.empty(0, np.uint64)
         self.rejected: dict[int, str] = {}  # reasons by clip
-        self._nth = array("i")  # among the clips of its row
-        self._split = bytearray()  # whether the row has several parts
-        stages = [stage for stage in STAGES if stage in builder.stages]
-        keys = {stage: bytearray() for stage in stages}
-        work = {stage: array("d") for stage in stages}
-        windows = array("i")  # of each clip, and 1 of a rejected one
-        for position, row in enumerate(rows):
-            clips = builder.clips(row, self.names[position])
-            parts = max(clip.part for clip in clips)
+        self._nth: NDArray[np.intc] = np.empty(0, np.intc)  # among the clips of its row
+        self._split: NDArray[np.bool_] = np.empty(0, bool)  # whether the row has several parts
+        self._entries = {stage: Entries() for stage in builder.clip_stages}
+        self.stages = {stage: stage_items(entries) for stage, entries in self._entries.items()}
+
+    def add(self, positions: Iterable[int]) -> None:
+        """The clips of these rows, in the order of the rows with those that are there."""
+        columns = [array(kind) for kind in "iiiQib"]
+        entries = {stage: NewEntries() for stage in self._entries}
+        errors: list[str | None] = []
+        for position in positions:
+            clips = self.builder.clips(self.rows[position], self.names[position])
+            split = max(clip.part for clip in clips) > 0
             for nth, clip in enumerate(clips):
-                if clip.error is not None:
-                    self.rejected[len(self)] = clip.error
-                for window in clip.windows[:-1]:
-                    keys["denoise"] += bytes.fromhex(window.key)
-                    work["denoise"].append(window.work)
-                for stage in stages:
-                    item = clip.items.get(stage)
-                    keys[stage] += bytes.fromhex(item.key) if item else _NO_KEY
-                    work[stage].append(item.work if item else 0.0)
-                self.position.append(position)
-                self.take.append(clip.take)
-                self.part.append(clip.part)
-                self.seed.append(clip.seed or 0)
-                self._nth.append(nth)
-                self._split.append(parts > 0)
-                windows.append(len(clip.windows) or 1)
-        self.stages = {stage: stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
-        if builder.windowed:
-            self.stages["denoise"] = chained(self.stages["denoise"], np.asarray(windows))
+                errors.append(clip.error)
+                values = (position, clip.take, clip.part, clip.seed or 0, nth, split)
+                for column, value in zip(columns, values, strict=True):
+                    column.append(value)
+                for stage, new in entries.items():
+                    new.add([(item.key, item.work) for item in clip.of_stage(stage)])
+        rejected = [*map(self.rejected.get, range(len(self))), *errors]
+        before = (self.position, self.take, self.part, self.seed, self._nth, self._split)
+        joined = [
+            np.concatenate([old, np.asarray(new, old.dtype)])
+            for old, new in zip(before, columns, strict=True)
+        ]
+        order = np.lexsort((joined[4], joined[0]))
+        self.position, self.take, self.part, self.seed, self._nth, self._split = (
+            column[order] for column in joined
+        )
+        self.rejected = {
+            index: error for index, clip in enumerate(order.tolist()) if (error := rejected[clip]) is not None
+        }
+        for stage, new in entries.items():
+            self._entries[stage] = self._entries[stage].joined(new, order)
+            chained = stage in self.builder.chained
+            self.stages[stage] = stage_items(self._entries[stage], chained=chained)
+        self._recent = -1, []
 
     def __len__(self) -> int:
         return len(self.position)
@@ -75,11 +85,11 @@ class Clips(Sequence[Clip]):
     def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._of_row(self.position[index])[self._nth[index]]
+        return self._of_row(int(self.position[index]))[int(self._nth[index])]
 
     def _of_row(self, position: int) -> list[Clip]:
         if self._recent[0] != position:
-            self._recent = position, self._builder.clips(self.rows[position], self.names[position])
+            self._recent = position, self.builder.clips(self.rows[position], self.names[position])
         return self._recent[1]
 
     def name(self, index: int) -> str:
@@ -119,7 +129,7 @@ class Clips(Sequence[Clip]):
 
     def row_column(self, name: str, start: int, stop: int) -> list[Any]:
         """A field of their rows for the clips from `start` to before `stop`."""
-        positions = self.position[start:stop]
+        positions: list[int] = self.position[start:stop].tolist()
         if not positions:
             return []
         values = self.rows.column(name, positions[0], positions[-1] + 1)
@@ -127,4 +137,4 @@ class Clips(Sequence[Clip]):
 
     def assets(self) -> set[str]:
         """SHA-256 of every picture and recording that the batch stands on."""
-        return {source.asset.sha256 for source in self._builder.sources.values() if source.asset}
+        return {source.asset.sha256 for source in self.builder.sources.values() if source.asset}

@@ -5,7 +5,7 @@ results that were cleaned away cost nothing once the videos exist.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -16,9 +16,10 @@ from avatar_core.errors import InputError
 from avatar_core.planning.clip import STAGES, Clip
 from avatar_core.planning.clip_items import StageItems
 from avatar_core.planning.clips import Clips
-from avatar_core.stages.base import ItemSpec, Stage
+from avatar_core.planning.sources import SourceItems, Sources
+from avatar_core.stages.base import ItemSpec
 from avatar_core.store.catalog import FAILED_FOR_GOOD, OK
-from avatar_core.store.key_index import text_keys
+from avatar_core.store.key_index import binary_keys, text_keys
 from avatar_core.store.results import StageResults
 
 
@@ -57,6 +58,19 @@ class Items(Sequence[ItemSpec]):
         chained = self._clips.stages[self._stage].chain is not None
         return {*self[0].inputs, *([self._stage] if chained else [])}
 
+    def places(self, keys: Collection[str]) -> dict[str, int]:
+        """Where the items of these keys stand, for those that are among them."""
+        items, known = self._clips.stages[self._stage].keys, sorted(keys)
+        numbers = np.searchsorted(items, binary_keys(known))
+        there = np.append(np.full(len(items), -1, np.intc), -1)
+        there[self._numbers] = np.arange(len(self))
+        found = zip(known, numbers.tolist(), there[numbers].tolist(), strict=True)
+        return {
+            key: place
+            for key, number, place in found
+            if place >= 0 and items[number : number + 1].tobytes() == bytes.fromhex(key)
+        }
+
     def places_in(self, producers: "Items") -> NDArray[np.intc]:
         """Which of the `producers` each item consumes, -1 where that is not among them; the last, where it
         consumes a whole chain."""
@@ -78,7 +92,7 @@ class StagePlan:
 
     items: int
     cached: int
-    to_do: Items
+    to_do: Items | SourceItems
     failed: int
 
 
@@ -126,6 +140,15 @@ def make_plan(
         failed = 0 if retry_failed else int((states[stage] == FAILED_FOR_GOOD).sum())
         plan[stage] = StagePlan(len(absent), int((~absent).sum()), to_do, failed)
     return {stage: plan[stage] for stage in states}
+
+
+def plan_sources(sources: Sources) -> dict[str, StagePlan]:
+    """What is left to be taken in: the first stages of a plan."""
+    plan = {}
+    for stage in sources.stages:
+        items, cached = sources.counts(stage)
+        plan[stage] = StagePlan(items, cached, sources.to_do(stage), failed=0)
+    return plan
 
 
 def outlook(clips: Clips, results: Mapping[str, StageResults], *, retry_failed: bool = False) -> Outlook:
@@ -193,19 +216,3 @@ def first_failure(
             if row is not None and not (lasting and row["retryable"]):
                 return Failure(stage, row["error_type"], row["error"])
     return None
-
-
-def shards(
-    items: Iterable[ItemSpec], seconds_per_work: float, shard_seconds: float, max_items: int = Stage.max_items
-) -> Iterator[tuple[ItemSpec, ...]]:
-    """Items in pieces of about `shard_seconds`; the first hold 1, 2, 4, ... so that results come early."""
-    shard: list[ItemSpec] = []
-    seconds, limit = 0.0, 1
-    for item in items:
-        shard.append(item)
-        seconds += item.work * seconds_per_work
-        if len(shard) >= limit or seconds >= shard_seconds:
-            yield tuple(shard)
-            shard, seconds, limit = [], 0.0, min(2 * limit, max_items)
-    if shard:
-        yield tuple(shard)

@@ -15,6 +15,7 @@ import yaml
 from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_text
+from avatar_core.media.table import TableRows
 from avatar_core.planning.clip import STAGES
 from avatar_core.planning.clip_names import slug
 from avatar_core.planning.clips import Clips
@@ -48,21 +49,38 @@ class Run:
     config: dict[str, Any]
 
 
-def write_run(storage: Storage, name: str, config: Config, backend: dict[str, Any], clips: Clips) -> str:
-    """Record a run and return its id. `backend` has every `auto` settled, as the run uses it."""
+class RunRecord:
+    """Of a run that is under way."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self.id = run_id
+        self._storage = storage
+        self._has_plan = False
+
+    def write_plan(self, clips: Clips) -> None:
+        """Once all clips are known; what is written stays."""
+        if self._has_plan:
+            return
+        self._has_plan = True
+        schema = _plan_schema(clips)
+        plan = (_plan(clips, schema, *stretch) for stretch in stretches(len(clips)))
+        put_table(self._storage, f"runs/{self.id}/plan.parquet", _for_pandas(schema, seed="Int64"), plan)
+        assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
+        self._storage.write_bytes(f"runs/{self.id}/assets.parquet", assets.to_parquet(index=False))
+
+
+def write_run(
+    storage: Storage, name: str, config: Config, backend: dict[str, Any], rows: TableRows
+) -> RunRecord:
+    """Record what a run is asked, before any work. `backend` has every `auto` settled, as the run uses it."""
     run_id = f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     values = {**to_dict(config), "name": name, "backend": backend}
-    rows = (_rows(clips, *stretch) for stretch in stretches(len(clips.rows)))
-    put_table(storage, f"runs/{run_id}/rows.parquet", _for_pandas(_ROWS), rows)
-    schema = _PLAN.append(_WINDOWS) if clips.stages["denoise"].chain else _PLAN
-    plan = (_plan(clips, schema, *stretch) for stretch in stretches(len(clips)))
-    put_table(storage, f"runs/{run_id}/plan.parquet", _for_pandas(schema, seed="Int64"), plan)
-    assets = pd.DataFrame({"sha256": sorted(clips.assets())}, dtype="string")
-    storage.write_bytes(f"runs/{run_id}/assets.parquet", assets.to_parquet(index=False))
+    pieces = (_rows(rows, *stretch) for stretch in stretches(len(rows)))
+    put_table(storage, f"runs/{run_id}/rows.parquet", _for_pandas(_ROWS), pieces)
     values = json.loads(json.dumps(values, default=as_text))
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
-    return run_id
+    return RunRecord(storage, run_id)
 
 
 def list_runs(storage: Storage) -> list[str]:
@@ -92,8 +110,12 @@ def run_name(run_id: str) -> str:
 
 
 def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
-    """A row per clip with the keys of its items, which `stage_keys` gives."""
-    return pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/plan.parquet")))
+    """A row per clip with the keys of its items, which `stage_keys` gives; no row for a run that ended before
+    its clips were known."""
+    path = f"runs/{run_id}/plan.parquet"
+    if not storage.exists(path):
+        return pd.DataFrame(_for_pandas(_PLAN, seed="Int64").empty_table().to_pandas())
+    return pd.read_parquet(io.BytesIO(storage.read_bytes(path)))
 
 
 def stage_keys(clips: pd.DataFrame, stage: str) -> pd.Series:
@@ -108,14 +130,21 @@ def stage_keys(clips: pd.DataFrame, stage: str) -> pd.Series:
 
 def read_assets(storage: Storage, run_id: str) -> set[str]:
     """SHA-256 of the pictures and recordings that a run stands on."""
-    return set(pd.read_parquet(io.BytesIO(storage.read_bytes(f"runs/{run_id}/assets.parquet")))["sha256"])
+    path = f"runs/{run_id}/assets.parquet"
+    if not storage.exists(path):
+        return set()
+    return set(pd.read_parquet(io.BytesIO(storage.read_bytes(path)))["sha256"])
 
 
-def _rows(clips: Clips, start: int, stop: int) -> pa.Table:
+def _rows(rows: TableRows, start: int, stop: int) -> pa.Table:
     """The table as it was read: a JSON object of each row's columns."""
-    sources = clips.rows.column("source", start, stop)
+    sources = rows.column("source", start, stop)
     values = [json.dumps(dict(source), default=as_text, ensure_ascii=False) for source in sources]
-    return pa.table([clips.rows.column("index", start, stop), values], _ROWS)
+    return pa.table([rows.column("index", start, stop), values], _ROWS)
+
+
+def _plan_schema(clips: Clips) -> pa.Schema:
+    return _PLAN.append(_WINDOWS) if clips.stages["denoise"].chain else _PLAN
 
 
 def _plan(clips: Clips, schema: pa.Schema, start: int, stop: int) -> pa.Table:
@@ -125,7 +154,7 @@ def _plan(clips: Clips, schema: pa.Schema, start: int, stop: int) -> pa.Table:
         clips.row_column("index", start, stop),
         clips.take[start:stop],
         clips.part[start:stop],
-        [None if i in clips.rejected else clips.seed[i] for i in indices],
+        [None if i in clips.rejected else int(clips.seed[i]) for i in indices],
         [clips.rejected.get(i) for i in indices],
         *(clips.hex_keys(stage, start, stop) for stage in STAGES),
         *([clips.window_keys(start, stop)] if _WINDOWS.name in schema.names else []),

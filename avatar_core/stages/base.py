@@ -32,11 +32,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """An accepted input in the store; `key` is the ingest item that brought it there."""
+    """An accepted input in the store; `key` is the item of `stage` that brought it there."""
 
     key: str
     sha256: str
     path: str
+    stage: str = "ingest"
+
+    @property
+    def owner(self) -> str:
+        return f"{self.stage}:{self.key}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ from avatar_core.stages.denoise import DenoiseStage
 from avatar_core.stages.face import FaceStage
 from avatar_core.stages.ingest import IngestStage
 from avatar_core.stages.reference import ReferenceStage
+from avatar_core.stages.speech import SpeechStage
 from avatar_core.stages.text import TextStage
 
 
 def create_stages(backend: Backend) -> dict[str, Stage]:
     stages: list[Stage] = [
         IngestStage(),
+        SpeechStage(),
         FaceStage(),
         AudioStage(backend),
         *([TextStage(backend)] if TextStage.name in backend.versions else []),

@@ -17,7 +17,6 @@ from avatar_core.store.keys import config_values, digest, item_key
 from avatar_core.weights.ensure import write_once
 from avatar_core.weights.record import hash_file
 
-KIND = "speech"
 _TINY = "kokoro-tiny"
 
 
@@ -34,7 +33,7 @@ class SpeechConfig:
 
 
 class SpeechStage(Stage):
-    name = IngestStage.name
+    name = "speech"
     version = 1
     folder = IngestStage.folder
     columns = IngestStage.columns
@@ -53,7 +52,7 @@ class SpeechStage(Stage):
             write_wav(path, models.tracks(config.text, config.voices)[config.speaker], kokoro.SAMPLE_RATE)
             probe = probe_audio(path, AudioLimits(config.max_duration_s, config.min_duration_s))
         columns = {
-            "kind": KIND,
+            "kind": SpeechStage.name,
             "format": probe.format,
             "bytes": path.stat().st_size,
             "sample_rate": probe.sample_rate,
@@ -89,7 +88,9 @@ def speech_item(text: str, voices: tuple[str, ...], speaker: int, config: Config
         "voices": tuple(hash_file(_voice_file(voice, checkpoint)) for voice in voices),
     }
     fingerprint = weights.fingerprint(f"{checkpoint}/model")
-    key = item_key(KIND, SpeechStage.version, digest(config_values(settings)), fingerprint, inputs)
+    key = item_key(
+        SpeechStage.name, SpeechStage.version, digest(config_values(settings)), fingerprint, inputs
+    )
     return ItemSpec(key, settings)
 
 

@@ -37,7 +37,9 @@ from tests.sample_rows import (
 
 pytestmark = pytest.mark.timeout(120)
 
-SETTINGS = RunSettings(gpus=(), pretend=False, cpus=2, item_timeout_s=60.0, retries=2, budget_hours=None)
+SETTINGS = RunSettings(
+    gpus=(), pretend=False, cpus=2, item_timeout_s=60.0, idle_s=60.0, retries=2, budget_hours=None
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ from tests.watch import Watch
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = RunSettings(gpus=(), pretend=False, cpus=2, item_timeout_s=60.0, retries=2, budget_hours=None)
+SETTINGS = RunSettings(
+    gpus=(), pretend=False, cpus=2, item_timeout_s=60.0, idle_s=60.0, retries=2, budget_hours=None
+)
 DURATIONS_S = {"short": 0.24, "long": 0.6, "middle": 0.44}
 WINDOWS = {"short": 1, "long": 3, "middle": 2}
 ALL = {"face": 1, "audio": 3, "reference": 1, "denoise": 6, "decode": 3}

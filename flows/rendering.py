@@ -1,0 +1,64 @@
+"""What `avatar render` and `avatar plan` do with a batch on this machine."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from avatar_core.config import Config
+from avatar_core.execution.batch_run import BatchRun, in_this_thread
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import has_gpu, run_settings, workers_for
+from avatar_core.execution.worker import InProcess
+from avatar_core.pipeline import batch_run, begin_run, finish_run
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.progress import Observer
+from avatar_core.result import Result
+from flows.showing import run_shown
+from flows.stopping import stoppable
+from flows.terminal import create_view
+
+if TYPE_CHECKING:
+    from flows.output import Destination
+
+
+def render_shown(
+    config: Config, console: Console, show: Callable[[Result], None], destination: "Destination | None" = None
+) -> Result:
+    """Where nothing is to do, no other process and no server is waited for. `show` gets the result as soon as
+    it is there, whatever a server still has to be told."""
+    with stoppable() as stopped, ExitStack() as shown:
+        view = shown.enter_context(create_view(console))
+
+        def show_alone(result: Result) -> None:
+            shown.close()
+            show(result)
+
+        batch = open_batch(config, view)
+
+        def place() -> None:
+            if destination:
+                destination.place(batch)
+
+        if batch.is_complete:
+            place()
+        record = begin_run(batch)
+        if any(planned.to_do for planned in batch.plan().values()):
+            return run_shown(batch, record, view, stopped, place, show_alone)
+        run = batch_run(batch, record, view, stopped, in_this_thread)
+        with InProcess(gpu=has_gpu(config)) as here:
+            result = finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), view)
+        show_alone(result)
+        return result
+
+
+def take_in_sources(batch: Batch, observer: Observer, cancelled: Callable[[], bool]) -> None:
+    """What the rows name, so that all clips are known. Nothing is rendered."""
+    if batch.is_complete:
+        return
+    settings = replace(run_settings(batch.config), gpus=())
+    with workers_for(batch, settings) as workers:
+        Coordinator(workers).drive(BatchRun(batch, settings, observer, cancelled, sources_only=True))

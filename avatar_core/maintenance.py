@@ -4,13 +4,22 @@ import io
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 
 from avatar_core.errors import StoreError
 from avatar_core.planning.clip import STAGES
-from avatar_core.planning.runs import find_run, list_runs, read_assets, read_plan, stage_keys
+from avatar_core.planning.runs import (
+    find_run,
+    list_runs,
+    read_assets,
+    read_plan,
+    run_name,
+    stage_keys,
+    started_at,
+)
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc
 from avatar_core.store.storage import Storage
@@ -61,6 +70,9 @@ def collect_garbage(
 ) -> GcReport:
     """Delete, or only list, what no recorded run needs; `forget` names runs that no longer count."""
     forgotten = {find_run(storage, name).id for name in forget}
+    for run_id in _without_plan(storage, set(list_runs(storage)) - forgotten):
+        # What it stands on is not known: nothing goes that may be of it.
+        min_age_s = max(min_age_s, (datetime.now(UTC) - started_at(run_id)).total_seconds())
     roots: dict[str, set[str]] = {stage: set() for stage in STAGES}
     assets: set[str] = set()
     for run_id in list_runs(storage):
@@ -74,6 +86,18 @@ def collect_garbage(
     if delete:
         storage.delete(path for run_id in forgotten for path in storage.list(f"runs/{run_id}"))
     return report
+
+
+def _without_plan(storage: Storage, run_ids: Collection[str]) -> list[str]:
+    """Runs that ended before their clips were known, unless a later one of the same name got further."""
+    planned = {path.split("/")[1] for path in storage.list("runs") if path.endswith("/plan.parquet")}
+    latest = {run_name(run_id): started_at(run_id) for run_id in list_runs(storage) if run_id in planned}
+    return [
+        run_id
+        for run_id in run_ids
+        if run_id not in planned
+        and not (run_name(run_id) in latest and latest[run_name(run_id)] > started_at(run_id))
+    ]
 
 
 _Files = dict[str, tuple[str, set[str]]]

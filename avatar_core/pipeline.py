@@ -42,10 +42,13 @@ def render(
     """
     observer = observer or Silent()
     batch = open_batch(config, observer)
-    record = begin_run(batch)
-    run = batch_run(batch, record, observer, cancelled, in_this_thread)
     with InProcess(gpu=has_gpu(batch.config)) as here:
-        return finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), observer)
+        coordinator = Coordinator({"here": here})
+        if is_undecided(batch):
+            take_in(batch, coordinator, observer, cancelled, in_this_thread)
+        record = begin_run(batch)
+        run = batch_run(batch, record, observer, cancelled, in_this_thread)
+        return finish_run(batch, record, partial(coordinator.drive, run), observer)
 
 
 def rerun(
@@ -68,7 +71,22 @@ def begin_run(batch: Batch) -> RunRecord:
     if not is_undecided(batch):
         check_origin(batch)
     backend = {"name": batch.backend.name, **asdict(batch.backend.config)}
-    return write_run(batch.storage, batch.name, batch.config, backend, batch.clips.rows)
+    record = write_run(batch.storage, batch.name, batch.config, backend, batch.clips.rows)
+    if batch.is_complete:
+        record.write_plan(batch.clips)
+    return record
+
+
+def take_in(
+    batch: Batch,
+    coordinator: Coordinator,
+    observer: Observer,
+    cancelled: Callable[[], bool],
+    submit: Submit = in_a_thread,
+) -> None:
+    """Have only what the rows name taken into the store, so that all clips are known."""
+    settings = run_settings(batch.config)
+    coordinator.drive(BatchRun(batch, settings, observer, cancelled, submit, sources_only=True))
 
 
 def batch_run(
@@ -77,25 +95,14 @@ def batch_run(
     observer: Observer,
     cancelled: Callable[[], bool],
     submit: Submit = in_a_thread,
-    on_complete: Callable[[], None] = lambda: None,
 ) -> BatchRun:
-    """What a coordinator drives. `on_complete` is called once all clips are known, and may raise what speaks
-    against going on."""
+    """What a coordinator drives."""
 
     def complete() -> None:
         check_origin(batch)
         record.write_plan(batch.clips)
-        on_complete()
 
-    return BatchRun(
-        batch,
-        run_settings(batch.config),
-        observer,
-        cancelled,
-        submit,
-        sources_first=is_undecided(batch),
-        on_complete=complete,
-    )
+    return BatchRun(batch, run_settings(batch.config), observer, cancelled, submit, on_complete=complete)
 
 
 def finish_run(batch: Batch, record: RunRecord, drive: Callable[[], None], observer: Observer) -> Result:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
 
 from avatar_core.planning.clip import STAGES
-from avatar_core.planning.runs import find_run, list_runs, read_plan, run_name, stage_keys
+from avatar_core.planning.runs import find_run, list_runs, read_plan, run_name, stage_keys, started_at
 from avatar_core.store.catalog import Catalog, load_catalog
 from avatar_core.store.storage import Storage
 
@@ -109,9 +109,8 @@ def _failed_keys(clips: pd.DataFrame, stage: str, catalog: Catalog) -> pd.Series
 
 def _summary(run_id: str, outcomes: pd.Series) -> RunSummary:
     ok, to_do = int((outcomes == "ok").sum()), int((outcomes == "to do").sum())
-    started = datetime.strptime(run_id.split("-")[-2], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     clips = len(outcomes)
-    return RunSummary(run_id, run_name(run_id), started, clips, ok, clips - ok - to_do, to_do)
+    return RunSummary(run_id, run_name(run_id), started_at(run_id), clips, ok, clips - ok - to_do, to_do)
 
 
 def _stage(stage: str, clips: pd.DataFrame, catalog: Catalog) -> StageStatus:

@@ -86,8 +86,7 @@ _shard_at_hand: ContextVar[ShardRun] = ContextVar("shard_at_hand")
 
 
 class Execution:
-    """Renders a batch from when the context is entered; leaving it by an error stops the work. `on_complete`
-    is called once all its clips are known, and may raise what speaks against going on."""
+    """Renders a batch from when the context is entered; leaving it by an error stops the work."""
 
     def __init__(
         self,
@@ -95,7 +94,6 @@ class Execution:
         record: RunRecord,
         observer: Observer,
         cancelled: Callable[[], bool] = lambda: False,
-        on_complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.batch, self.run_id = batch, record.id
         self.reused = {stage: plan.cached for stage, plan in batch.plan().items()}
@@ -104,7 +102,7 @@ class Execution:
         self._observer = observer
         self._stopped = threading.Event()
         self._reasons_to_stop = [self._stopped.is_set, cancelled]
-        self.run = batch_run(batch, record, observer, self._should_stop, self._submit, on_complete)
+        self.run = batch_run(batch, record, observer, self._should_stop, self._submit)
         self._news: SimpleQueue[ShardRun | Line | None] = SimpleQueue()
         self._outcome: Future[Result] = Future()
         self._under_way = threading.Event()

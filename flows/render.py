@@ -29,6 +29,7 @@ from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
 from avatar_core.execution.tally import NOUNS, counted
 from avatar_core.execution.worker import JobResult
+from avatar_core.origins import is_undecided
 from avatar_core.pipeline import begin_run
 from avatar_core.planning.batch import Batch, open_batch, open_storage
 from avatar_core.planning.runs import find_run
@@ -37,6 +38,7 @@ from avatar_core.result import Result
 from flows.alive import crash_lost_runs, mark_alive
 from flows.compose import compose_config, quoted
 from flows.execution import Execution, Line, ShardRun
+from flows.rendering import take_in_sources
 from flows.stopping import stoppable
 from tasks.shards import reuse, show_shard
 
@@ -113,6 +115,8 @@ def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
 def _opened(config: Config, cancelled: Callable[[], bool]) -> Execution:
     observer = LogObserver()
     batch = open_batch(config, observer)
+    if is_undecided(batch):
+        take_in_sources(batch, observer, cancelled)
     return Execution(batch, begin_run(batch), observer, cancelled)
 
 

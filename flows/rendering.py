@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from avatar_core.config import Config
-from avatar_core.execution.batch_run import BatchRun, in_this_thread
+from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import has_gpu, run_settings, workers_for
 from avatar_core.execution.worker import InProcess
-from avatar_core.pipeline import batch_run, begin_run, finish_run
+from avatar_core.origins import is_undecided
+from avatar_core.pipeline import batch_run, begin_run, finish_run, take_in
 from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.progress import Observer
 from avatar_core.result import Result
@@ -23,6 +24,10 @@ from flows.terminal import create_view
 
 if TYPE_CHECKING:
     from flows.output import Destination
+
+
+FEW_ROWS = 8
+"""For so many it does not pay to start processes that take in what they name."""
 
 
 def render_shown(
@@ -38,16 +43,13 @@ def render_shown(
             show(result)
 
         batch = open_batch(config, view)
-
-        def place() -> None:
-            if destination:
-                destination.place(batch)
-
-        if batch.is_complete:
-            place()
+        if destination or is_undecided(batch):
+            take_in_sources(batch, view, stopped)
+        if destination:
+            destination.place(batch)
         record = begin_run(batch)
         if any(planned.to_do for planned in batch.plan().values()):
-            return run_shown(batch, record, view, stopped, place, show_alone)
+            return run_shown(batch, record, view, stopped, show_alone)
         run = batch_run(batch, record, view, stopped, in_this_thread)
         with InProcess(gpu=has_gpu(config)) as here:
             result = finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), view)
@@ -59,6 +61,8 @@ def take_in_sources(batch: Batch, observer: Observer, cancelled: Callable[[], bo
     """What the rows name, so that all clips are known. Nothing is rendered."""
     if batch.is_complete:
         return
-    settings = replace(run_settings(batch.config), gpus=())
-    with workers_for(batch, settings) as workers:
-        Coordinator(workers).drive(BatchRun(batch, settings, observer, cancelled, sources_only=True))
+    if len(batch.clips.rows) - batch.num_planned <= FEW_ROWS:
+        take_in(batch, Coordinator({"here": InProcess(gpu=False)}), observer, cancelled, in_this_thread)
+        return
+    with workers_for(batch, replace(run_settings(batch.config), gpus=())) as workers:
+        take_in(batch, Coordinator(workers), observer, cancelled)

@@ -31,7 +31,6 @@ def run_shown(
     record: "RunRecord",
     view: "View",
     stopped: Callable[[], bool],
-    on_complete: Callable[[], None],
     show: Callable[["Result"], None],
 ) -> "Result":
     """Begins the work at once; a Prefect server, where there is one, shows it from when Prefect is imported,
@@ -39,7 +38,7 @@ def run_shown(
 
     Raises what the work ended with, and `ConfigError` where the user's own server does not answer.
     """
-    with Execution(batch, record, view, stopped, on_complete) as execution:
+    with Execution(batch, record, view, stopped) as execution:
         showing = _Showing(execution, view) if names_server() else None
         if showing:
             showing.start()

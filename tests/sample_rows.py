@@ -14,8 +14,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from avatar_core.pipeline import Result, render
+from avatar_core.config import Config
+from avatar_core.execution.batch_run import BatchRun, in_this_thread
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import run_settings
+from avatar_core.execution.worker import InProcess
+from avatar_core.pipeline import render
+from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.progress import Silent
+from avatar_core.result import Result
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -45,8 +52,8 @@ class Watcher(Silent):
         self.warnings: list[str] = []
 
     def stage_started(self, stage: str, *, items: int, cached: int, to_do: int) -> None:
-        self.to_do[stage] += to_do
-        self.cached[stage] += cached
+        self.to_do[stage] = to_do
+        self.cached[stage] = cached
 
     def item_ended(self, stage: str, row: dict[str, Any]) -> None:
         self.ended.append((stage, row))
@@ -144,3 +151,11 @@ def flip_byte(path: Path) -> None:
 def expect_same(result: Result, rendered: Rendered) -> None:
     assert result.failures.empty
     assert videos(result.dataset) == videos(rendered.result.dataset)
+
+
+def open_known(values: Config | Mapping[str, Any]) -> Batch:
+    """A batch whose sources are taken in, so that all its clips are known."""
+    batch = open_batch(values)
+    run = BatchRun(batch, run_settings(batch.config), Silent(), submit=in_this_thread, sources_only=True)
+    Coordinator({"here": InProcess(gpu=False)}).drive(run)
+    return batch

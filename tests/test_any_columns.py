@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from avatar_core.config import Config, parse
-from avatar_core.pipeline import Result, render, rerun
+from avatar_core.pipeline import render, rerun
+from avatar_core.result import Result
 from tests.sample_rows import videos
 
 UTC = dt.UTC

@@ -14,14 +14,15 @@ from avatar_core.media.face import Face
 from avatar_core.media.footage import Footage
 from avatar_core.media.image import load_image
 from avatar_core.media.video import VideoWriter
-from avatar_core.pipeline import Result, render
-from avatar_core.planning.batch import open_batch
+from avatar_core.pipeline import render
+from avatar_core.result import Result
 from tests.sample_rows import (
     PREVIEW_STAGES,
     RunAvatar,
     Watcher,
     attempts,
     flip_byte,
+    open_known,
     read_video,
     write_landscape,
 )
@@ -203,7 +204,7 @@ def test_the_clips_rate_is_in_the_key_of_footage_and_not_of_a_picture(folder: Pa
             "storage": {"root": str(tmp_path)},
             "backend": {"name": "footage"},
         }
-        first, second = open_batch(config).clips
+        first, second = open_known(config).clips
         assert first.items["face"].key == second.items["face"].key
         assert (first.items["reference"].key != second.items["reference"].key) is differs
 

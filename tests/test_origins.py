@@ -1,6 +1,7 @@
 """A dataset's clips are not lost to those of another table, pair or list of rows without a word."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from avatar_core.errors import ConfigError
-from avatar_core.pipeline import Result, finish_batch, record_run, render, run_batch
-from avatar_core.planning.batch import open_batch
-from avatar_core.planning.runs import list_runs
+from avatar_core.execution.batch_run import in_this_thread
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.worker import InProcess
+from avatar_core.pipeline import batch_run, begin_run, finish_run, render
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.runs import RunRecord, list_runs
+from avatar_core.result import Result
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import put_table
 from tests.sample_rows import RunAvatar, Watcher, videos, write_picture, write_recording, write_table
@@ -261,15 +266,21 @@ def test_a_list_does_not_take_the_place_of_a_table(folders: tuple[Path, Path]) -
 # --- several runs
 
 
+def drive(batch: Batch, record: RunRecord) -> None:
+    run = batch_run(batch, record, Watcher(), lambda: False, in_this_thread)
+    Coordinator({"here": InProcess(gpu=False)}).drive(run)
+
+
 def test_of_two_runs_at_once_the_second_to_end_is_refused(folders: tuple[Path, Path]) -> None:
     first, second = (open_batch(config(folder, table=str(folder / "t.csv"))) for folder in folders)
-    run_ids = [record_run(batch) for batch in (first, second)]
+    records = [begin_run(batch) for batch in (first, second)]
     watcher = Watcher()
-    published = finish_batch(first, run_ids[0], lambda: run_batch(first, watcher), watcher)
+    drive(second, records[1])
+    published = finish_run(first, records[0], partial(drive, first, records[0]), watcher)
     with pytest.raises(ConfigError, match=r"give `name=\.\.\.` to keep both"):
-        finish_batch(second, run_ids[1], lambda: run_batch(second, watcher), watcher)
+        finish_run(second, records[1], lambda: None, watcher)
     table = pd.read_parquet(Path(published.dataset) / "metadata.parquet")
-    assert table["run_id"].tolist() == run_ids[:1]
+    assert table["run_id"].tolist() == [records[0].id]
     of_table(folders[1] / "t.csv", watcher := Watcher(), name="second")
     assert {stage for stage, _ in watcher.ended} == set()
 

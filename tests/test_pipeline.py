@@ -14,7 +14,8 @@ import pytest
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError, InputError, StoreError
-from avatar_core.pipeline import Result, render, rerun
+from avatar_core.pipeline import render, rerun
+from avatar_core.result import Result
 from tests.sample_rows import (
     PREVIEW_STAGES,
     Rendered,

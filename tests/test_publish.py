@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from avatar_core.errors import StoreError
-from avatar_core.pipeline import Result, render
+from avatar_core.pipeline import render
 from avatar_core.publish import SCHEMA
+from avatar_core.result import Result
 from tests.sample_rows import Rendered, Watcher, data_files, videos, write_table
 
 GOOD = {"image": "portrait.jpg", "audio": "hello.wav", "seed": 1}

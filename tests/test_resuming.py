@@ -12,8 +12,9 @@ import pytest
 
 from avatar_core.errors import Cancelled
 from avatar_core.maintenance import verify_run
-from avatar_core.pipeline import Result, render
+from avatar_core.pipeline import render
 from avatar_core.planning.runs import find_run, list_runs, read_plan
+from avatar_core.result import Result
 from avatar_core.store.storage import Storage
 from tests.sample_rows import (
     Rendered,

@@ -13,7 +13,8 @@ import torch
 from avatar_core.backends.base import BACKENDS
 from avatar_core.backends.preview.backend import PreviewBackend
 from avatar_core.media.audio import load_mono
-from avatar_core.pipeline import Result, render
+from avatar_core.pipeline import render
+from avatar_core.result import Result
 from tests.sample_rows import PREVIEW_STAGES, RunAvatar, Watcher, flip_byte, read_video, write_picture
 from tests.speaking_program import provide
 

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 
 from avatar_core.errors import StoreError
-from avatar_core.pipeline import render
-from avatar_core.planning.batch import open_batch
-from avatar_core.planning.runs import write_run
+from avatar_core.pipeline import begin_run, render
 from avatar_core.status import ClipFailure, StageStatus, read_status, summarise_runs
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.storage import Storage
-from tests.sample_rows import Rendered, data_files, write_landscape, write_table
+from tests.sample_rows import Rendered, data_files, open_known, write_landscape, write_table
 
 
 @pytest.fixture
@@ -35,8 +33,8 @@ def mixed(inputs: Path, tmp_path: Path) -> tuple[Storage, str]:
 
 def record(rendered: Rendered, storage: Storage, **options: Any) -> str:
     """The run that `render` would begin, without any of its work."""
-    batch = open_batch({"table": str(rendered.table), "storage": {"root": storage.uri}, **options})
-    return write_run(storage, batch.name, batch.config, {"name": "preview"}, batch.clips)
+    batch = open_known({"table": str(rendered.table), "storage": {"root": storage.uri}, **options})
+    return begin_run(batch).id
 
 
 def stages(status: Any) -> dict[str, StageStatus]:

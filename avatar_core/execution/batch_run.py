@@ -68,8 +68,8 @@ class _Flight:
 class BatchRun:
     """`tallies` may be looked at from other threads while it goes on.
 
-    With `sources_first` no clip is begun before all are known; with `sources_only` none at all. `on_complete`
-    is called once all are known, and may raise what speaks against going on.
+    With `sources_only` no clip is begun. `on_complete` is called once all are known, and may raise what
+    speaks against going on.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class BatchRun:
         cancelled: Callable[[], bool] = lambda: False,
         submit: Submit = in_a_thread,
         *,
-        sources_first: bool = False,
         sources_only: bool = False,
         on_complete: Callable[[], None] = lambda: None,
     ) -> None:
@@ -95,7 +94,6 @@ class BatchRun:
         self._observer = observer
         self._cancelled = cancelled
         self._submit = submit
-        self._sources_first = sources_first or sources_only
         self._sources_only = sources_only
         self._on_complete = on_complete
         self._cancellation = Cancellation()
@@ -141,9 +139,12 @@ class BatchRun:
     def opened(
         self, workers: Mapping[str, Worker], post: Post, on_shard_ended: OnShardEnded
     ) -> Iterator[None]:
-        """Whatever ends it, its shards are told to stop."""
+        """Whatever ends it, its shards are told to stop. May be opened again: what has been lost is to do."""
         self._workers, self._on_shard_ended = workers, on_shard_ended
         self._post = post
+        self._schedule, self._error, self.has_ended = None, None, False
+        self._cancellation = Cancellation()
+        self._failed.clear()
         catalogs = {stage: results.catalog for stage, results in self.batch.results.items()}
         with Sharing(self.batch.storage, catalogs, self._settle_later) as self._sharing:
             self._guarded(self._plan if not self.batch.is_complete else self._complete)
@@ -169,7 +170,7 @@ class BatchRun:
         if shard is None or not self._exceeds_budget(shard):
             return shard
         self._schedule.give_back(shard.id)
-        self._is_over_budget = self._sources_first = True
+        self._is_over_budget = True
         self._observer.warning(
             f"budget_hours={self._settings.budget_hours:g} is used up: the rest stays undone"
         )
@@ -237,7 +238,9 @@ class BatchRun:
             return False
         if self.batch.sources.all_known:
             return True
-        return not self._sources_first and (waiting >= self.batch.num_planned or self.is_starving)
+        if self._sources_only or self._is_over_budget:
+            return False
+        return waiting >= self.batch.num_planned or self.is_starving
 
     def _grow(self) -> None:
         self.batch.grow(self._observer)
@@ -249,7 +252,7 @@ class BatchRun:
 
     def _plan(self) -> None:
         plan = self.batch.plan()
-        if self._sources_only or (self._sources_first and not self.batch.is_complete):
+        if self._sources_only or (self._is_over_budget and not self.batch.is_complete):
             plan = {stage: plan[stage] for stage in self.batch.sources.stages}
         check_gpus(self.batch, plan)
         self._work = Work(plan)

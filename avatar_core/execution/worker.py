@@ -146,19 +146,6 @@ class Listener(Protocol):
         ...
 
 
-class Unheard:
-    """Listens to nothing."""
-
-    def on_start(self) -> None:
-        pass
-
-    def on_progress(self, key: str, done: int, total: int) -> None:
-        pass
-
-    def on_row(self, row: Row) -> None:
-        pass
-
-
 class Worker(Protocol):
     """Runs jobs, with models that stay loaded. `capacity` is how many it is given at once, so that it never
     waits for the next; it works on one.

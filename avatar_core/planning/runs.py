@@ -109,6 +109,10 @@ def run_name(run_id: str) -> str:
     return match["name"] if match else run_id
 
 
+def started_at(run_id: str) -> datetime:
+    return datetime.strptime(run_id.split("-")[-2], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+
+
 def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
     """A row per clip with the keys of its items, which `stage_keys` gives; no row for a run that ended before
     its clips were known."""

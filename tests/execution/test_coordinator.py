@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 
 from avatar_core.devices import visible_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
-from avatar_core.execution import coordinator as coordinate
+from avatar_core.execution import batch_run
+from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import RunSettings, run_settings
 from avatar_core.execution.work import Work
-from avatar_core.execution.worker_process import LocalQueues
-from avatar_core.pipeline import Result, finish_batch, record_run, render
-from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.execution.worker_process import WorkerProcesses
+from avatar_core.pipeline import begin_run, finish_run, render
+from avatar_core.planning.batch import Batch
+from avatar_core.result import Result
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
@@ -30,6 +33,7 @@ from tests.sample_rows import (
     attempts,
     data_files,
     flip_byte,
+    open_known,
     videos,
     write_recording,
     write_table,
@@ -49,28 +53,29 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def queues() -> Iterator[LocalQueues]:
-    with LocalQueues(cpus=2) as local:
+def queues() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(cpus=2) as local:
         yield local
 
 
 class Run:
     """One run of a batch; `submitted` has stage, queue and label of its shards."""
 
-    def __init__(self, pool: ThreadPoolExecutor, queues: LocalQueues, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor, queues: WorkerProcesses, watcher: Watcher | None = None
+    ) -> None:
         self.pool, self.queues = pool, queues
         self.watcher = watcher or Watcher()
         self.submitted: list[tuple[str, str, str]] = []
-        self.coordinator: Coordinator
+        self.work: BatchRun
 
     def __call__(
         self, batch: Batch, cancelled: Callable[[], bool] = lambda: False, **settings: Any
     ) -> Result:
-        self.coordinator = Coordinator(batch, replace(SETTINGS, **settings), self.watcher)
-        run_id = record_run(batch)
-        return finish_batch(
-            batch, run_id, lambda: self.coordinator.run(self.queues, self._submit, cancelled), self.watcher
-        )
+        values = replace(SETTINGS, **settings)
+        self.work = BatchRun(batch, values, self.watcher, cancelled, self._submit)
+        drive = partial(Coordinator(self.queues).drive, self.work)
+        return finish_run(batch, begin_run(batch), drive, self.watcher)
 
     def _submit(self, stage: str, queue: str, label: str, call: Callable[[Callable[[], None]], Any]) -> None:
         self.submitted.append((stage, queue, label))
@@ -78,12 +83,12 @@ class Run:
 
 
 @pytest.fixture
-def run(threads: ThreadPoolExecutor, queues: LocalQueues) -> Run:
+def run(threads: ThreadPoolExecutor, queues: WorkerProcesses) -> Run:
     return Run(threads, queues)
 
 
 def opened(rendered: Rendered, root: Path, **options: Any) -> Batch:
-    return open_batch({"table": str(rendered.table), "storage": {"root": str(root)}, **options})
+    return open_known({"table": str(rendered.table), "storage": {"root": str(root)}, **options})
 
 
 class Interrupting(Watcher):
@@ -110,10 +115,10 @@ def test_videos_are_those_of_render(run: Run, rendered: Rendered, tmp_path: Path
     assert {queue for _, queue, _ in run.submitted} == {"cpu-0", "cpu-1"}
     labels = [label for stage, _, label in run.submitted if stage == "face"]
     assert labels[0] == "face 0001 · 1 picture"
-    tally = run.coordinator.tallies["decode"]
+    tally = run.work.tallies["decode"]
     assert (tally.items, tally.cached, tally.to_do, tally.done, tally.failed) == (4, 0, 4, 4, 0)
     assert tally.seconds > 0
-    assert run.coordinator.progress == 1.0
+    assert run.work.progress == 1.0
 
 
 def test_what_is_finished_is_not_done_again(run: Run, rendered: Rendered, store: Path) -> None:
@@ -123,7 +128,7 @@ def test_what_is_finished_is_not_done_again(run: Run, rendered: Rendered, store:
 
 
 def test_nothing_to_do_needs_no_queue(run: Run, rendered: Rendered, store: Path) -> None:
-    run.queues = LocalQueues(cpus=0)
+    run.queues = WorkerProcesses(cpus=0)
     assert videos(run(opened(rendered, store)).dataset) == videos(rendered.result.dataset)
 
 
@@ -142,7 +147,7 @@ def test_items_wait_for_what_they_consume(rendered: Rendered, tmp_path: Path) ->
 def test_gpu_stages_go_to_gpu_queues(threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path) -> None:
     batch = opened(rendered, tmp_path, runtime={"gpus": [0, 1], "pretend": True})
     batch.stages["denoise"].queue = "gpu"
-    with LocalQueues(gpus=[0, 1], pretend=True, cpus=1) as queues:
+    with WorkerProcesses(gpus=[0, 1], pretend=True, cpus=1) as queues:
         run = Run(threads, queues)
         result = run(batch)
     assert videos(result.dataset) == videos(rendered.result.dataset)
@@ -172,7 +177,7 @@ def test_what_another_run_finished_meanwhile_is_taken_over(
     assert videos(result.dataset) == videos(rendered.result.dataset)
     for stage, items in {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}.items():
         assert len(attempts(tmp_path, stage)) == items
-        tally = run.coordinator.tallies[stage]
+        tally = run.work.tallies[stage]
         assert (tally.cached, tally.to_do, tally.done) == (items, 0, 0)
 
 
@@ -184,11 +189,11 @@ def test_what_another_run_failed_at_meanwhile_counts(run: Run, rendered: Rendere
     result = run(batch)
     assert list(result.failures["error"]) == ["no face"] * 2
     assert (len(attempts(tmp_path, "reference")), len(attempts(tmp_path, "decode"))) == (2, 2)
-    assert run.coordinator.tallies["reference"].failed == 1
+    assert run.work.tallies["reference"].failed == 1
 
 
 def test_what_another_run_is_at_is_left_to_it_until_it_gives_up(
-    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, tmp_path: Path
+    threads: ThreadPoolExecutor, queues: WorkerProcesses, rendered: Rendered, tmp_path: Path
 ) -> None:
     batch = opened(rendered, tmp_path)
     others = Claims(Storage(str(tmp_path)), "another machine")
@@ -219,11 +224,11 @@ def test_a_failed_item_blocks_only_its_clips(run: Run, inputs: Path, tmp_path: P
         {"name": name, "image": str(inputs / image), "audio": str(inputs / "hello.wav")}
         for name, image in (("good", "portrait.jpg"), ("bad", "landscape.png"))
     ]
-    batch = open_batch({"rows": rows, "storage": {"root": str(tmp_path)}})
+    batch = open_known({"rows": rows, "storage": {"root": str(tmp_path)}})
     result = run(batch)
     assert list(result.failures["name"]) == ["bad"]
     assert list(result.failures["failed_stage"]) == ["reference"]
-    assert run.coordinator.tallies["reference"].failed == 1
+    assert run.work.tallies["reference"].failed == 1
     assert run.watcher.counts["decode"] == 1
 
 
@@ -247,7 +252,7 @@ def test_damaged_inputs_are_taken_in_again(run: Run, rendered: Rendered, store: 
 
 
 def test_a_store_that_damages_everything_ends_the_run(
-    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, store: Path
+    threads: ThreadPoolExecutor, queues: WorkerProcesses, rendered: Rendered, store: Path
 ) -> None:
     class Damaging(Watcher):
         """Sees to it that no `denoise` result can be read."""
@@ -269,7 +274,7 @@ def test_a_store_that_damages_everything_ends_the_run(
 def test_a_store_that_cannot_be_written_ends_the_run(
     run: Run, rendered: Rendered, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(batch_run, "RETRY_DELAY_S", 0.01)
     batch = opened(rendered, store, video={"crf": 30})
     (store / "stages/decode/data").rename(store / "away")
     (store / "stages/decode/data").write_text("in the way")
@@ -283,7 +288,7 @@ def test_trouble_that_passes_is_waited_for(
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(coordinate, "RETRY_DELAY_S", 0.05)
+    monkeypatch.setattr(batch_run, "RETRY_DELAY_S", 0.05)
     batch = opened(rendered, store, video={"crf": 30})
     data = store / "stages/decode/data"
     data.rename(store / "away")
@@ -299,7 +304,7 @@ def test_trouble_that_passes_is_waited_for(
                     data.unlink()
                     (store / "away").rename(data)
 
-    logger, handler = logging.getLogger("avatar_core.execution.coordinator"), Mending()
+    logger, handler = logging.getLogger("avatar_core.execution.batch_run"), Mending()
     logger.addHandler(handler)
     try:
         result = run(batch, retries=2)
@@ -324,7 +329,7 @@ def long_table(inputs: Path) -> Path:
 class Signalling(Watcher):
     """Sends a signal to the queue that works on an item of the stage, always the same one."""
 
-    def __init__(self, queues: LocalQueues, stage: str, number: signal.Signals, times: int) -> None:
+    def __init__(self, queues: WorkerProcesses, stage: str, number: signal.Signals, times: int) -> None:
         super().__init__()
         self._queues, self._stage, self._number, self._times = queues, stage, number, times
         self.victim: str | None = None
@@ -341,18 +346,18 @@ class Signalling(Watcher):
 
 
 @pytest.fixture
-def queue() -> Iterator[LocalQueues]:
-    with LocalQueues(cpus=1) as local:
+def queue() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(cpus=1) as local:
         yield local
 
 
 @pytest.mark.drill
 @pytest.mark.parametrize("stage", ["denoise", "decode"])
 def test_a_killed_queue_is_replaced(
-    threads: ThreadPoolExecutor, queue: LocalQueues, long_table: Path, tmp_path: Path, stage: str
+    threads: ThreadPoolExecutor, queue: WorkerProcesses, long_table: Path, tmp_path: Path, stage: str
 ) -> None:
     watcher = Signalling(queue, stage, signal.SIGKILL, times=1)
-    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)))
+    result = Run(threads, queue, watcher)(open_known(batch_values(long_table, tmp_path)))
     assert len(watcher.pids) == 1
     assert len(result.failures) == 0
     assert watcher.counts[stage] == 2
@@ -367,7 +372,7 @@ def test_a_killed_queue_is_replaced(
 )
 def test_an_item_that_takes_its_queue_down_becomes_a_row(
     threads: ThreadPoolExecutor,
-    queue: LocalQueues,
+    queue: WorkerProcesses,
     long_table: Path,
     tmp_path: Path,
     number: signal.Signals,
@@ -375,7 +380,7 @@ def test_an_item_that_takes_its_queue_down_becomes_a_row(
     reason: str,
 ) -> None:
     watcher = Signalling(queue, "decode", number, times)
-    result = Run(threads, queue, watcher)(open_batch(batch_values(long_table, tmp_path)), item_timeout_s=8.0)
+    result = Run(threads, queue, watcher)(open_known(batch_values(long_table, tmp_path)), item_timeout_s=8.0)
     assert len(watcher.pids) == times
     assert list(result.failures["failed_stage"]) == ["decode"]
     assert reason in result.failures["error"].iloc[0]
@@ -392,7 +397,7 @@ def batch_values(table: Path, root: Path) -> dict[str, Any]:
 
 
 def test_cancelling_keeps_what_is_finished(
-    threads: ThreadPoolExecutor, queues: LocalQueues, rendered: Rendered, tmp_path: Path
+    threads: ThreadPoolExecutor, queues: WorkerProcesses, rendered: Rendered, tmp_path: Path
 ) -> None:
     stop = threading.Event()
     run = Run(threads, queues, Interrupting("decode", stop.set))
@@ -411,7 +416,7 @@ def test_a_budget_leaves_the_rest(run: Run, rendered: Rendered, store: Path) -> 
     batch = opened(rendered, store, video={"crf": 30})
     result = run(batch, budget_hours=1e-9)
     assert run.submitted == []
-    assert run.coordinator.undone == 4
+    assert run.work.undone == 4
     assert any("is used up: the rest stays undone" in text for text in run.watcher.warnings)
     assert result.failures.empty
     assert result.metadata["status"].tolist() == ["to do"] * 4
@@ -419,8 +424,8 @@ def test_a_budget_leaves_the_rest(run: Run, rendered: Rendered, store: Path) -> 
 
 
 def test_without_any_queue_the_run_says_so(run: Run, rendered: Rendered, tmp_path: Path) -> None:
-    run.queues = LocalQueues(cpus=0)
-    with pytest.raises(BackendError, match="no queue is left"):
+    run.queues = WorkerProcesses(cpus=0)
+    with pytest.raises(BackendError, match="no worker is left"):
         run(opened(rendered, tmp_path))
 
 

@@ -15,18 +15,19 @@ pytestmark = pytest.mark.timeout(120)
 PARENT = """
 import sys, threading, time
 from pathlib import Path
-from avatar_core.execution.worker_process import Job, LocalQueues
+from avatar_core.execution.worker import Job, StoreAddress
+from avatar_core.execution.worker_process import WorkerProcesses
 from tests.execution import toy_backend as toy
+from tests.execution.jobs import run_job
 
-job = Job(sys.argv[1], {}, None, 2**20, {"name": "toy"}, "denoise",
+job = Job(StoreAddress(sys.argv[1], {}, None, 2**20), {"name": "toy"}, "denoise",
           (toy.toy_item("a", toy.nothing), toy.toy_item("b", getattr(toy, sys.argv[2]))), {})
-with LocalQueues(cpus=2) as queues:
+with WorkerProcesses(cpus=2) as queues:
     told = lambda row: print(*(queue.pid for queue in queues.values()), flush=True)
     if sys.argv[3] == "main":
-        queues["cpu-0"].run(job, item_timeout_s=100, on_row=told)
+        run_job(queues["cpu-0"], job, on_row=told)
     else:
-        options = dict(item_timeout_s=100, on_row=told)
-        threading.Thread(target=queues["cpu-0"].run, args=[job], kwargs=options).start()
+        threading.Thread(target=run_job, args=[queues["cpu-0"], job], kwargs={"on_row": told}).start()
         time.sleep(100)
 """
 

@@ -17,20 +17,22 @@ from PIL import Image
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
+from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import RunSettings
-from avatar_core.execution.worker_process import LocalQueues
+from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.maintenance import collect_garbage, verify_run
-from avatar_core.pipeline import Result, finish_batch, record_run, render, rerun
-from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.pipeline import begin_run, finish_run, render, rerun
+from avatar_core.planning.batch import Batch
 from avatar_core.planning.runs import read_plan
+from avatar_core.result import Result
 from avatar_core.status import StageStatus, read_status
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
 from tests.execution.windowed_backend import WindowedBackend
-from tests.sample_rows import Watcher, attempts, flip_byte, videos, write_recording, write_table
+from tests.sample_rows import Watcher, attempts, flip_byte, open_known, videos, write_recording, write_table
 from tests.watch import Watch
 
 pytestmark = pytest.mark.timeout(120)
@@ -106,31 +108,29 @@ class Coordinated(Watcher):
 
 
 def by_queues(
-    queues: LocalQueues, values: Mapping[str, Any], watcher: Coordinated | None = None
+    queues: WorkerProcesses, values: Mapping[str, Any], watcher: Coordinated | None = None
 ) -> tuple[Result, Coordinated]:
     watcher = watcher or Coordinated()
-    batch = open_batch(values)
-    coordinator = Coordinator(batch, SETTINGS, watcher)
+    batch = open_known(values)
     with ThreadPoolExecutor(8) as pool:
 
         def submit(stage: str, queue: str, label: str, call: Callable[[Callable[[], None]], Any]) -> None:
             watcher.submitted.append((stage, queue, label))
             pool.submit(call, lambda: None)
 
-        def run() -> None:
-            coordinator.run(queues, submit)
-
-        return finish_batch(batch, record_run(batch), run, watcher), watcher
+        run = BatchRun(batch, SETTINGS, watcher, submit=submit)
+        drive = partial(Coordinator(queues).drive, run)
+        return finish_run(batch, begin_run(batch), drive, watcher), watcher
 
 
 @pytest.fixture(scope="module")
-def queues() -> Iterator[LocalQueues]:
-    with LocalQueues(cpus=2) as local:
+def queues() -> Iterator[WorkerProcesses]:
+    with WorkerProcesses(cpus=2) as local:
         yield local
 
 
 @pytest.fixture(params=["straight", "by queues"])
-def way(request: pytest.FixtureRequest, queues: LocalQueues) -> Way:
+def way(request: pytest.FixtureRequest, queues: WorkerProcesses) -> Way:
     return straight if request.param == "straight" else partial(by_queues, queues)
 
 
@@ -164,10 +164,10 @@ def window_keys(store: Path) -> dict[str, list[str]]:
 
 
 def test_the_coordinator_gives_the_videos_of_render(
-    values: Make, queues: LocalQueues, finished: Path, tmp_path: Path
+    values: Make, queues: WorkerProcesses, finished: Path, tmp_path: Path
 ) -> None:
     result, watcher = by_queues(queues, values(tmp_path))
-    assert watcher.counts == watcher.to_do == ALL
+    assert watcher.counts == +watcher.to_do == ALL
     assert videos(result.dataset) == videos(finished / "datasets/batch")
     assert len(videos(result.dataset)) == 3
     assert dict(result.metadata[["name", "num_frames"]].values) == {"short": 6, "long": 15, "middle": 11}
@@ -197,7 +197,7 @@ def test_a_window_knows_what_it_continues_and_not_how_many_there_are(
     values: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def long_clip() -> Any:
-        batch = open_batch(values(tmp_path, only=["long"]))
+        batch = open_known(values(tmp_path, only=["long"]))
         return batch.clips, batch.clips[0]
 
     clips, clip = long_clip()
@@ -214,7 +214,7 @@ def test_a_window_knows_what_it_continues_and_not_how_many_there_are(
 
 
 def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
-    batch = open_batch(values(tmp_path))
+    batch = open_known(values(tmp_path))
     denoise = batch.plan()["denoise"]
     assert (denoise.items, denoise.cached, len(denoise.to_do)) == (6, 0, 6)
     assert denoise.to_do.work.sum() == pytest.approx(sum(DURATIONS_S.values()), abs=1e-3)
@@ -229,7 +229,7 @@ def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
 
 
 def test_a_window_that_failed_is_the_reason_of_its_clip(values: Make, tmp_path: Path) -> None:
-    batch = open_batch(values(tmp_path))
+    batch = open_known(values(tmp_path))
     long = batch.clips[1]
     for window in (2, 1):
         row = {"status": "failed", "retryable": False, "error": f"window {window} is bad"}
@@ -291,7 +291,8 @@ def test_windows_of_two_attempts_are_never_mixed(
     values: Make, finished: Path, tmp_path: Path, way: Way
 ) -> None:
     """A store has the first window of `short` and `long`, a later one has all of them, from another GPU."""
-    stopped_after(2, values(tmp_path / "store", {"gpu": 1}, only=["short", "long"]))
+    for name in ("short", "long"):
+        stopped_after(1, values(tmp_path / "store", {"gpu": 1}, only=[name]))
     assert render(values(tmp_path / "other", {"gpu": 2})).failures.empty
     assert {path.name for path in window_files(tmp_path / "other", "long")}.isdisjoint(
         path.name for path in window_files(finished, "long")
@@ -342,7 +343,7 @@ def test_what_another_run_made_of_another_window_is_not_taken_over(
     values: Make, finished: Path, tmp_path: Path, way: Way
 ) -> None:
     """It arrives after the run has looked at the store."""
-    batch = open_batch(values(tmp_path))
+    batch = open_known(values(tmp_path))
     columns, foreign = batch.stages["denoise"].columns, foreign_row(batch, "f" * 64)
 
     class Meanwhile(Coordinated):
@@ -389,7 +390,7 @@ def test_a_window_that_another_run_is_at_is_waited_for(
     values: Make, finished: Path, tmp_path: Path, way: Way
 ) -> None:
     """And done, once its claim ends without a result; those that follow it come after."""
-    batch = open_batch(values(tmp_path))
+    batch = open_known(values(tmp_path))
     others = Claims(Storage(str(tmp_path)), "another machine")
     claim = others.claim("denoise", [batch.clips[1].windows[1].key])
 
@@ -407,14 +408,16 @@ def test_a_window_that_another_run_is_at_is_waited_for(
     assert videos(result.dataset) == videos(finished / "datasets/batch")
 
 
-def test_a_second_run_inside_the_first_is_not_mixed_with_it(values: Make, tmp_path: Path) -> None:
+def test_a_second_run_inside_the_first_is_not_mixed_with_it(
+    values: Make, finished: Path, tmp_path: Path
+) -> None:
     """It begins before the first has committed its first window of `long`, and ends before the second one."""
+    first_window = window_keys(finished)["long"][0]
     inner: list[Result] = []
 
     class Meanwhile(Watcher):
-        def item_ended(self, stage: str, row: dict[str, Any]) -> None:
-            super().item_ended(stage, row)
-            if stage == "denoise" and self.counts["denoise"] == 2:
+        def item_progress(self, stage: str, key: str, done: int, total: int) -> None:
+            if key == first_window and not inner:
                 inner.append(render(values(tmp_path, {"gpu": 2})))
 
     result, _ = straight(values(tmp_path, {"gpu": 1}), Meanwhile())

@@ -9,23 +9,23 @@ import pytest
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
-from avatar_core.execution.worker_process import JobResult
-from avatar_core.pipeline import record_run
-from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.execution.worker import JobResult
+from avatar_core.pipeline import begin_run
+from avatar_core.planning.batch import Batch
 from avatar_core.progress import Silent
 from flows.execution import Execution, Line, ShardRun
-from tests.sample_rows import Rendered, data_files, videos, write_picture, write_table
+from tests.sample_rows import Rendered, data_files, open_known, videos, write_picture, write_table
 
 pytestmark = pytest.mark.timeout(120)
 
 
 def opened(table: Path, root: Path, **options: object) -> Batch:
     values = {"table": str(table), "storage": {"root": str(root)}, "runtime": {"cpus": 1}, **options}
-    return open_batch(parse(Config, values))
+    return open_known(parse(Config, values))
 
 
 def execution(batch: Batch, cancelled: Callable[[], bool] = lambda: False) -> Execution:
-    return Execution(batch, record_run(batch), Silent(), cancelled)
+    return Execution(batch, begin_run(batch), Silent(), cancelled)
 
 
 def test_the_work_needs_nobody_who_looks_on(rendered: Rendered, tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_the_work_needs_nobody_who_looks_on(rendered: Rendered, tmp_path: Path) 
 def test_every_shard_is_told(rendered: Rendered, store: Path, tmp_path: Path) -> None:
     with execution(opened(rendered.table, store, video={"crf": 30})) as work:
         shards = [news for news in work.news() if isinstance(news, ShardRun)]
-    assert work.reused == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 0}
-    assert {(shard.stage, shard.queue) for shard in shards} == {("decode", "cpu-0")}
+    assert work.reused == {"ingest": 4, "face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 0}
+    assert {(shard.stage, shard.worker) for shard in shards} == {("decode", "cpu-0")}
     assert sum(len(shard.result().rows) for shard in shards) == 4
 
 

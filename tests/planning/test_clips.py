@@ -9,10 +9,9 @@ import pytest
 from avatar_core.config import Config, parse
 from avatar_core.errors import InputError
 from avatar_core.media.table import parse_rows
-from avatar_core.planning.batch import open_batch
 from avatar_core.planning.clip_builder import cut
 from avatar_core.planning.clip_names import clip_names, slug
-from tests.sample_rows import PREVIEW_STAGES
+from tests.sample_rows import PREVIEW_STAGES, open_known
 
 # --- names
 
@@ -108,7 +107,7 @@ def opened(inputs: Path, store: Path, rows: list[dict[str, Any]], **options: Any
     placed = [{**ROW, **row} for row in rows]
     for row in placed:
         row |= {name: str(inputs / row[name]) for name in ("image", "audio", "audio_2") if name in row}
-    return open_batch({"rows": placed, "storage": {"root": str(store)}, **options})
+    return open_known({"rows": placed, "storage": {"root": str(store)}, **options})
 
 
 def keys(inputs: Path, store: Path, row: dict[str, Any] | None = None, **options: Any) -> dict[str, str]:

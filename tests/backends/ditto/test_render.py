@@ -16,10 +16,10 @@ from avatar_core.backends.ditto.registration import Avatar
 from avatar_core.backends.ditto.tiny import write_tiny_checkpoint
 from avatar_core.errors import InputError
 from avatar_core.media.image import load_image
-from avatar_core.pipeline import Result
-from avatar_core.planning.batch import open_batch
+from avatar_core.result import Result
 from tests.sample_rows import (
     Watcher,
+    open_known,
     read_video,
     render_table,
     videos,
@@ -91,7 +91,7 @@ def frames(result: Result, name: str) -> NDArray[np.float64]:
 def keys(table: Path, store: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Of the items of the first clip, by stage."""
     config = {"table": str(table), "storage": {"root": str(store)}, "backend": settings}
-    return {stage: item.key for stage, item in open_batch(config).clips[0].items.items()}
+    return {stage: item.key for stage, item in open_known(config).clips[0].items.items()}
 
 
 def test_every_row_becomes_a_video_with_sound(done: tuple[Result, Watcher, Path], folder: Path) -> None:

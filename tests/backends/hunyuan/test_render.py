@@ -20,13 +20,14 @@ from avatar_core.backends.hunyuan.official import convert
 from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 from avatar_core.checkpoint import read_checkpoint
 from avatar_core.errors import Cancelled
-from avatar_core.pipeline import Result, render
-from avatar_core.planning.batch import open_batch
+from avatar_core.pipeline import render
+from avatar_core.result import Result
 from tests.processes import until
 from tests.sample_rows import (
     Watcher,
     attempts,
     data_files,
+    open_known,
     read_video,
     render_table,
     videos,
@@ -115,7 +116,7 @@ def frames(result: Result, name: str) -> NDArray[np.float64]:
 def keys(table: Path, store: Path, settings: Mapping[str, Any], **options: Any) -> dict[str, str]:
     """Of the items of the first clip, by stage."""
     config = {"table": str(table), "storage": {"root": str(store)}, "backend": settings, **options}
-    return {stage: item.key for stage, item in open_batch(config).clips[0].items.items()}
+    return {stage: item.key for stage, item in open_known(config).clips[0].items.items()}
 
 
 # --- what comes out

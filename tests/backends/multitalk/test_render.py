@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from avatar_core.backends.multitalk.official import convert
 from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
-from avatar_core.pipeline import Result
-from avatar_core.planning.batch import open_batch
+from avatar_core.result import Result
 from tests.processes import until
 from tests.sample_rows import (
     Watcher,
     attempts,
+    open_known,
     read_video,
     render_table,
     videos,
@@ -123,7 +123,7 @@ def frames(result: Result, name: str) -> NDArray[np.float64]:
 def keys(table: Path, store: Path, settings: Mapping[str, Any], **options: Any) -> dict[str, str]:
     """Of the items of the first clip, by stage."""
     config = {"table": str(table), "storage": {"root": str(store)}, "backend": settings, **options}
-    return {stage: item.key for stage, item in open_batch(config).clips[0].items.items()}
+    return {stage: item.key for stage, item in open_known(config).clips[0].items.items()}
 
 
 # --- what comes out

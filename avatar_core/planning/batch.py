@@ -15,7 +15,7 @@ from avatar_core.execution.shard import run_shard
 from avatar_core.media.cells import plain
 from avatar_core.media.documents import SILENCE
 from avatar_core.media.row_sources import Speech, speeches_of
-from avatar_core.media.source import stat_source
+from avatar_core.media.source import SourceStat, stat_sources
 from avatar_core.media.table import PATHS, TableRows, is_absent, parse_rows, read_table, resolve_uri
 from avatar_core.planning.clip import Source
 from avatar_core.planning.clip_builder import ClipBuilder
@@ -190,11 +190,14 @@ def ingest(
             kinds |= {f"audio:{uri}": _recording(uri) for uri in (audio, audio_2) if uri}
     sources: dict[str, Source] = {}
     specs: dict[str, ItemSpec] = {}
+    policy = source_policy(ingest_config("image", config))  # the same for all kinds
+    stats = stat_sources([uri for _, uri in kinds.values()], policy)
     for name, (kind, uri) in kinds.items():
-        try:
-            specs[name] = _ingest_item(kind, uri, config)
-        except InputError as error:
-            sources[name] = Source(error=str(error))
+        stat = stats[uri]
+        if isinstance(stat, InputError):
+            sources[name] = Source(error=str(stat))
+        else:
+            specs[name] = _ingest_item(kind, stat, config)
     # A failed ingest may pass when the file was mended in place, so only successes are reused.
     missing = {spec.key: spec for spec in specs.values() if not results.has(spec.key)}
     observer.stage_started("ingest", items=len(kinds), cached=len(specs) - len(missing), to_do=len(missing))
@@ -266,15 +269,14 @@ def _recording(uri: str) -> tuple[Kind, str]:
     return ("silence", uri.removeprefix(SILENCE)) if uri.startswith(SILENCE) else ("audio", uri)
 
 
-def _ingest_item(kind: Kind, uri: str, config: Config) -> ItemSpec:
+def _ingest_item(kind: Kind, stat: SourceStat, config: Config) -> ItemSpec:
     settings = ingest_config(kind, config)
-    stat = stat_source(uri, source_policy(settings))
     # A server that tells no version may serve another file next time: such a source is read every time.
     identity = [stat.uri, str(stat.size), stat.version or new_id()]
     key = item_key(
         IngestStage.name, IngestStage.version, digest(config_values(settings)), "", {"source": identity}
     )
-    return ItemSpec(key, settings, source=uri)
+    return ItemSpec(key, settings, source=stat.uri)
 
 
 def _source(key: str, results: StageResults) -> Source:

@@ -1,5 +1,4 @@
 import functools
-import hashlib
 import os
 import socket
 import threading
@@ -38,8 +37,7 @@ def test_local_file(picture: Path, tmp_path: Path) -> None:
     for uri in (str(picture), f"file://{picture}", f"file://localhost{picture}", f"FILE:{picture}"):
         stat = stat_source(uri, SourcePolicy())
         assert (stat.size, stat.version) == (len(CONTENT), str(picture.stat().st_mtime_ns))
-        digest = copy_source(uri, SourcePolicy(), tmp_path / "copy")
-        assert digest == hashlib.sha256(CONTENT).hexdigest()
+        copy_source(uri, SourcePolicy(), tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
@@ -47,8 +45,8 @@ def test_memory_store(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/bucket/in/a.png", CONTENT)
     stat = stat_source("memory://bucket/in/a.png", SourcePolicy())
     assert (stat.size, stat.version != "") == (len(CONTENT), True)
-    digest = copy_source("memory://bucket/in/../in/a.png", SourcePolicy(), tmp_path / "copy")
-    assert digest == hashlib.sha256(CONTENT).hexdigest()
+    copy_source("memory://bucket/in/../in/a.png", SourcePolicy(), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -166,7 +164,8 @@ def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
     files.pipe(f"{s3_root}/in/a.png", CONTENT)
     policy = SourcePolicy(allowed_roots=[f"{s3_root}/in"], storage_options=s3_options)
     first = stat_source(f"{s3_root}/in/a.png", policy)
-    assert copy_source(first.uri, policy, tmp_path / "copy") == hashlib.sha256(CONTENT).hexdigest()
+    copy_source(first.uri, policy, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
     assert stat_source(first.uri, policy) == first
     files.pipe(f"{s3_root}/in/a.png", CONTENT[::-1])
     assert stat_source(first.uri, policy).version != first.version
@@ -191,8 +190,8 @@ def test_network_when_allowed(website: str, picture: Path, tmp_path: Path) -> No
     picture.rename(picture.with_name("a.png"))
     policy = SourcePolicy(allow_network=True, allowed_roots=[f"{website}/in"])
     assert stat_source(f"{website}/in/a.png", policy).size == len(CONTENT)
-    digest = copy_source(f"{website}/in/a.png", policy, tmp_path / "copy")
-    assert digest == hashlib.sha256(CONTENT).hexdigest()
+    copy_source(f"{website}/in/a.png", policy, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
     assert "no such file" in refusal(f"{website}/in/absent.png", policy)
     for path in ("copy", "in/../copy", "in/%2e%2e/copy"):
         assert "lies outside the allowed folders" in refusal(f"{website}/{path}", policy)

@@ -23,6 +23,7 @@ import threadpoolctl
 
 from avatar_core import weights
 from avatar_core.errors import AvatarError, Cancelled, ConfigError, StoreError, WeightsError
+from avatar_core.media.source import is_local
 from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.manifest import write_data, write_manifest
 from avatar_core.store.storage import Storage
@@ -71,7 +72,7 @@ def run_shard(
     tensors: dict[str, Any] = {}
     ladder = _Ladder(stage, device, memory)
     told = _Told(cancelled, on_progress)
-    threads = min(stage.concurrency, len(items))
+    threads = min(stage.concurrency, len(items)) if _is_remote(storage, items) else 1
 
     def run_item(spec: ItemSpec, scratch: Path) -> _Result:
         item = _resolve(storage, spec, inputs)
@@ -153,6 +154,11 @@ def _run_at_once(
             keep(result.result())
     if errors:
         raise errors[0]
+
+
+def _is_remote(storage: Storage, items: Sequence[ItemSpec]) -> bool:
+    """Whether the items wait for a network; beside other processes threads only cost where they do not."""
+    return not storage.is_local or any(spec.source and not is_local(spec.source) for spec in items)
 
 
 class _Told:

@@ -68,7 +68,7 @@ def stat_sources(uris: Iterable[str], policy: SourcePolicy) -> dict[str, SourceS
     """What `stat_source` returns or raises for each. Remote ones are looked up many at once, or by listing
     their folder where that takes fewer requests."""
     wanted = list(dict.fromkeys(uris))
-    remote = [uri for uri in wanted if scheme_of(uri) not in (None, "file")]
+    remote = [uri for uri in wanted if not is_local(uri)]
     found = _list_sources(remote, policy)
     single = [uri for uri in remote if uri not in found]
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
@@ -103,9 +103,9 @@ def _stat_or_error(uri: str, policy: SourcePolicy) -> SourceStat | InputError:
 
 def _is_remote(uri: str, policy: SourcePolicy) -> bool:
     _check_name(uri)
-    scheme = scheme_of(uri)
-    if scheme in (None, "file"):
+    if is_local(uri):
         return False
+    scheme = scheme_of(uri)
     if scheme in NETWORK and not policy.allow_network:
         raise InputError(f"{uri}: network sources are off ({scheme}); set input.allow_network=true")
     if scheme not in STORES + NETWORK:
@@ -163,7 +163,7 @@ def is_inside(place: str, root: str) -> bool:
 
 def _open_local(uri: str, policy: SourcePolicy) -> BinaryIO:
     resolved = os.path.realpath(local_path(uri))
-    roots = [os.path.realpath(local_path(root)) for root in policy.allowed_roots if _is_local(root)]
+    roots = [os.path.realpath(local_path(root)) for root in policy.allowed_roots if is_local(root)]
     _check_inside(uri, resolved, roots, policy)
     if not os.path.lexists(resolved):
         raise InputError(f"{uri}: no such file (relative paths are relative to the table)")
@@ -184,8 +184,8 @@ def _read_local(uri: str, policy: SourcePolicy) -> Iterator[bytes]:
         yield from _read_blocks(uri, file, _local_stat(uri, file, policy))
 
 
-def _is_local(root: str) -> bool:
-    return scheme_of(root) in (None, "file")
+def is_local(uri: str) -> bool:
+    return scheme_of(uri) in (None, "file")
 
 
 def local_path(uri: str) -> str:
@@ -199,7 +199,7 @@ def local_path(uri: str) -> str:
 def _locate(uri: str, policy: SourcePolicy) -> tuple[fsspec.AbstractFileSystem, str]:
     place = normalise_uri(uri)
     meant = normalise_uri(unquote(uri)) if scheme_of(uri) in NETWORK else place  # servers read %2e%2e as ..
-    roots = [normalise_uri(root) for root in policy.allowed_roots if not _is_local(root)]
+    roots = [normalise_uri(root) for root in policy.allowed_roots if not is_local(root)]
     _check_inside(uri, meant, roots, policy)
     with _reading(uri):
         scheme = place.partition(":")[0]

@@ -27,7 +27,7 @@ from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.ingest import IngestStage, Kind, ingest_config, source_policy
 from avatar_core.stages.registry import create_stages
 from avatar_core.stages.speech import SpeechStage, prepare, speech_item
-from avatar_core.store.catalog import OK, drop, load_catalog
+from avatar_core.store.catalog import OK, drop, load_catalog, load_catalogs
 from avatar_core.store.keys import config_values, digest, item_key, new_id
 from avatar_core.store.results import StageResults
 from avatar_core.store.sharing import share_work
@@ -74,7 +74,7 @@ def open_batch(
     rows, names = select(rows, names, config)
     storage = open_storage(config)
     stages = create_stages(backend)
-    results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
+    results = {stage: StageResults(known) for stage, known in load_catalogs(storage, stages).items()}
     sources = take_in(storage, rows, config, results["ingest"], observer, cancelled)
     clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
     batch = Batch(config, batch_name(config), storage, backend, stages, clips, results)

@@ -71,8 +71,8 @@ class Stage(ABC):
     """`version` is raised whenever the output changes for the same input.
 
     `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
-    if None. A shard holds no more than `max_items`, of which `concurrency` are worked on at once, in threads:
-    more than one where items wait for a network rather than compute.
+    if None. A shard holds no more than `max_items`, of which `concurrency` are worked on at once, in threads,
+    where the store or their source is remote: they should wait for it rather than compute.
     """
 
     name: str

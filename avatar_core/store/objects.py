@@ -34,6 +34,7 @@ class ObjectFiles:
                 f"storage root {protocol}://{root} needs a package that is not installed: "
                 "pip install 'avatar-dataset[s3]'"
             ) from error
+        self._is_s3 = protocol == "s3"
         self._root = root
         self.uri = f"{protocol}://{root}"
 
@@ -61,7 +62,12 @@ class ObjectFiles:
         return _file_info(entry) if entry["type"] == "file" else None
 
     def list(self, prefix: str) -> dict[str, FileInfo]:
-        found = self._fs.find(self._full(prefix), detail=True)
+        folder, inside = self._full(prefix), {}
+        if self._is_s3 and "/" in folder:
+            # Asked for a folder that is empty, s3fs sends two more requests; not so for a part of its parent.
+            folder, _, name = folder.rpartition("/")
+            inside = {"prefix": f"{name}/"}
+        found = self._fs.find(folder, detail=True, **inside)
         start = len(self._root) + 1 if self._root else 0
         return {name.lstrip("/")[start:]: _file_info(entry) for name, entry in found.items()}
 

@@ -68,6 +68,23 @@ def s3_options() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
+def s3_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what this process asks S3 for, such as `head_object`, as it goes on."""
+    import fsspec.asyn
+
+    s3, asked = fsspec.get_filesystem_class("s3"), []
+    call = s3._call_s3
+
+    async def recorded(files: Any, method: str, *arguments: Any, **named: Any) -> Any:
+        asked.append(method)
+        return await call(files, method, *arguments, **named)
+
+    monkeypatch.setattr(s3, "_call_s3", recorded)
+    monkeypatch.setattr(s3, "call_s3", fsspec.asyn.sync_wrapper(recorded))
+    return asked
+
+
+@pytest.fixture
 def s3_root() -> str:
     return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
 

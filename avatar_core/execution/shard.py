@@ -7,9 +7,11 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache, partial
@@ -21,6 +23,7 @@ import threadpoolctl
 
 from avatar_core import weights
 from avatar_core.errors import AvatarError, Cancelled, ConfigError, StoreError, WeightsError
+from avatar_core.media.source import is_local
 from avatar_core.stages.base import Item, ItemSpec, Output, Report, Stage
 from avatar_core.store.manifest import write_data, write_manifest
 from avatar_core.store.storage import Storage
@@ -30,6 +33,9 @@ log = logging.getLogger(__name__)
 
 Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Manifest rows of consumed items: stage, then key."""
+
+_Result = tuple[dict[str, Any], Mapping[str, Any]]
+"""An item's row and its tensors."""
 
 _models: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _MODELS_KEPT = 4
@@ -59,40 +65,132 @@ def run_shard(
     stage has memory levels, `memory` is the first, and the next lower one is that of the second try and all
     that follows. `StoreError` (with the keys to compute again) and `WeightsError` leave the loop. On any way
     out `commit_with` is given the commit of what is done, which it may make later and in another thread. A
-    row that `on_row` gets learns then where its tensors lie.
+    row that `on_row` gets learns then where its tensors lie. However many items the stage has worked on at
+    once, rows come in the order of the items, and everything is told by one thread at a time.
     """
-
-    def report(key: str, done: int, total: int) -> None:
-        if cancelled():
-            raise Cancelled("stopped by the user")
-        on_progress(key, done, total)
-
     rows: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
     ladder = _Ladder(stage, device, memory)
+    told = _Told(cancelled, on_progress)
+    threads = min(stage.concurrency, len(items)) if _is_remote(storage, items) else 1
+
+    def run_item(spec: ItemSpec, scratch: Path) -> _Result:
+        item = _resolve(storage, spec, inputs)
+        start, loading_s = time.perf_counter(), ladder.loading_s
+        output = _process(stage, spec, item, ladder, scratch, partial(told.report, spec.key))
+        row = {"key": spec.key, "work": spec.work, "device": device, "memory": ladder.level}
+        if isinstance(output, Output):
+            row |= {"status": "ok"} | _written(storage, stage, output)
+        else:
+            row |= output
+        seconds = time.perf_counter() - start - (ladder.loading_s - loading_s)
+        _clear(scratch)
+        row["seconds"] = seconds / threads  # of this process's time, which they share
+        return row, output.tensors if isinstance(output, Output) else {}
+
+    def keep(result: _Result) -> None:
+        rows.append(result[0])
+        if result[1]:
+            tensors[rows[-1]["key"]] = result[1]
+        with told.telling:
+            on_row(rows[-1])
+
     with _scratch() as scratch, one_thread():
         try:
-            for spec in items:
-                report(spec.key, 0, 1)
-                item = _resolve(storage, spec, inputs)
-                start, loading_s = time.perf_counter(), ladder.loading_s
-                output = _process(stage, spec, item, ladder, scratch, partial(report, spec.key))
-                row = {"key": spec.key, "work": spec.work, "device": device, "memory": ladder.level}
-                if isinstance(output, Output):
-                    row |= {"status": "ok"} | _written(storage, stage, output)
-                    if output.tensors:
-                        tensors[spec.key] = output.tensors
-                else:
-                    row |= output
-                seconds = time.perf_counter() - start - (ladder.loading_s - loading_s)
-                rows.append(row | {"seconds": seconds})
-                on_row(rows[-1])
-                _clear(scratch)
+            if threads > 1:
+                _run_at_once(run_item, items, threads, scratch, told, keep)
+            else:
+                for spec in items:
+                    told.begin(spec.key)
+                    keep(run_item(spec, scratch))
         finally:
             if rows:
                 commit_with(partial(_commit, storage, stage, rows, tensors))
             storage.release()
     return rows
+
+
+def _run_at_once(
+    run_item: Callable[[ItemSpec, Path], _Result],
+    items: Sequence[ItemSpec],
+    threads: int,
+    scratch: Path,
+    told: "_Told",
+    keep: Callable[[_Result], None],
+) -> None:
+    """Has the results kept in the order of the items. After an error the items in work end at their next
+    report; those that were finished by then are kept before it is raised."""
+    own = threading.local()
+    errors: list[BaseException] = []  # the first is the reason of all that follow
+    results: list[Future[_Result]] = []
+    kept = 0
+
+    def start_thread() -> None:
+        _limit_to_one_thread()  # OpenMP's limit is each thread's own
+        own.scratch = Path(tempfile.mkdtemp(dir=scratch))
+
+    def run(spec: ItemSpec) -> _Result:
+        told.check()
+        try:
+            return run_item(spec, own.scratch)
+        except BaseException as error:
+            errors.append(error)
+            told.stop()
+            raise
+
+    with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
+        try:
+            results = [pool.submit(run, spec) for spec in items]
+            for spec, result in zip(items, results, strict=True):
+                told.begin(spec.key)
+                row = result.result()
+                kept += 1
+                keep(row)
+        except BaseException as error:
+            errors.append(error)
+            told.stop()
+    for result in results[kept:]:
+        if result.exception() is None:
+            keep(result.result())
+    if errors:
+        raise errors[0]
+
+
+def _is_remote(storage: Storage, items: Sequence[ItemSpec]) -> bool:
+    """Whether the items wait for a network; beside other processes threads only cost where they do not."""
+    return not storage.is_local or any(spec.source and not is_local(spec.source) for spec in items)
+
+
+class _Told:
+    """What the caller is told and asked meanwhile, by one thread at a time.
+
+    Of several items in work only the first is told of: a caller that hears nothing blames that one.
+    """
+
+    def __init__(self, cancelled: Callable[[], bool], on_progress: Callable[[str, int, int], None]) -> None:
+        self._cancelled, self._on_progress = cancelled, on_progress
+        self._first: str | None = None
+        self._stopped = False
+        self.telling = threading.RLock()
+
+    def begin(self, key: str) -> None:
+        self._first = key
+        self.report(key, 0, 1)
+
+    def report(self, key: str, done: int, total: int) -> None:
+        with self.telling:
+            self.check()
+            if key == self._first:
+                self._on_progress(key, done, total)
+
+    def check(self) -> None:
+        with self.telling:
+            if self._stopped or self._cancelled():
+                raise Cancelled("stopped by the user")
+
+    def stop(self) -> None:
+        """From now on everybody is told that the shard is cancelled."""
+        self._stopped = True
 
 
 class _Ladder:
@@ -108,6 +206,7 @@ class _Ladder:
         self._levels = levels[levels.index(memory) :] if memory in levels else levels
         self._stage, self._device = stage, device
         self._stamps = cache(lambda names: tuple(map(weights.stamp, names)))
+        self._loading = threading.Lock()
         self.loading_s = 0.0
 
     @property
@@ -115,18 +214,20 @@ class _Ladder:
         return self._levels[0] if self._levels else None
 
     def models(self, config: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return _load(
-                self._stage, config, self._stamps(self._stage.weights(config)), self._device, self.level
-            )
-        finally:
-            self.loading_s += time.perf_counter() - start
+        with self._loading:
+            start = time.perf_counter()
+            try:
+                return _load(
+                    self._stage, config, self._stamps(self._stage.weights(config)), self._device, self.level
+                )
+            finally:
+                self.loading_s += time.perf_counter() - start
 
     def descend(self) -> None:
         """Lets go of all models, so that there is room again even on the lowest level."""
-        drop_models()
-        self._levels = self._levels[1:] or self._levels
+        with self._loading:
+            drop_models()
+            self._levels = self._levels[1:] or self._levels
 
 
 def _process(

@@ -23,7 +23,7 @@ from avatar_core.planning.sources import Sources
 from avatar_core.progress import Observer, Silent
 from avatar_core.stages.base import Stage
 from avatar_core.stages.registry import create_stages
-from avatar_core.store.catalog import OK, drop, load_catalog
+from avatar_core.store.catalog import OK, drop, load_catalog, load_catalogs
 from avatar_core.store.results import StageResults
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import stretches
@@ -124,7 +124,7 @@ def open_batch(config: Config | Mapping[str, Any], observer: Observer | None = N
     rows, names = select(rows, names, config)
     storage = open_storage(config)
     stages = create_stages(backend)
-    results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
+    results = {stage: StageResults(known) for stage, known in load_catalogs(storage, stages).items()}
     sources = Sources(rows, config, results)
     clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
     planned = np.zeros(len(rows), bool)

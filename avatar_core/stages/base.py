@@ -76,7 +76,8 @@ class Stage(ABC):
     """`version` is raised whenever the output changes for the same input.
 
     `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
-    if None. A shard holds no more than `max_items`.
+    if None. A shard holds no more than `max_items`, of which `concurrency` are worked on at once, in threads,
+    where the store or their source is remote: they should wait for it rather than compute.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Stage(ABC):
     columns: pa.Schema
     folder: str | None = None
     max_items: int = 256
+    concurrency: int = 1
 
     def weights(self, config: Any) -> tuple[str, ...]:
         """Registry names of the weights that `load` reads; they are part of the item's key."""

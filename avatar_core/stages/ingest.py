@@ -5,6 +5,7 @@ The only stage that meets what a table names; all later stages read the copy it 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ def source_policy(config: IngestConfig) -> SourcePolicy:
 class IngestStage(Stage):
     name = "ingest"
     version = 2
+    concurrency = 16
     folder = "assets"
     columns = pa.schema(
         {
@@ -86,7 +88,7 @@ class IngestStage(Stage):
     ) -> Output:
         assert item.source is not None
         copy = scratch / "asset"
-        copy_source(item.source, source_policy(config), copy)
+        copy_source(item.source, source_policy(config), copy, on_block=partial(report, 0, 1))
         with about(f"{'audio' if config.kind == 'silence' else config.kind} {item.source}"):
             if config.kind == "silence":
                 copy = _silent(copy)

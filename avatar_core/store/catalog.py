@@ -6,6 +6,7 @@ for the item before: two attempts may differ in bits, and their results are neve
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from avatar_core.store.key_index import KeyIndex, column_keys
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
 
+_READERS = 4
+
 ABSENT, OK, FAILED, FAILED_FOR_GOOD = np.arange(4, dtype=np.int8)
 """What is known of a key. `FAILED` may pass by itself: the row is retryable."""
 
@@ -31,6 +34,13 @@ def load_catalog(storage: Storage, stage: str) -> "Catalog":
     catalog = Catalog(stage, read_attempts(storage, stage).table())
     pa.default_memory_pool().release_unused()  # what was read is kept smaller
     return catalog
+
+
+def load_catalogs(storage: Storage, stages: Iterable[str]) -> dict[str, "Catalog"]:
+    """Of several stages: a few at a time from a remote store, whose answers take long whatever they say."""
+    names = list(stages)
+    with ThreadPoolExecutor(1 if storage.is_local else _READERS) as pool:
+        return dict(zip(names, pool.map(lambda stage: load_catalog(storage, stage), names), strict=True))
 
 
 def drop(storage: Storage, stage: str, keys: Iterable[str], catalog: "Catalog") -> str | None:

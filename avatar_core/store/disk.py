@@ -16,10 +16,12 @@ _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (Btrfs, XF
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """Size in bytes, time of the last change in seconds since the epoch."""
+    """Size in bytes, time of the last change in seconds since the epoch; `etag` of an object store: the MD5
+    of an object that was put in one unencrypted request, something else otherwise."""
 
     size: int
     mtime: float
+    etag: str | None = None
 
 
 @contextmanager

@@ -36,7 +36,7 @@ STATUSES = ("ok", "failed", "dropped")
 ATTEMPT_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.parquet")
 
 _REUSE_AGE_S = 86400.0  # an older copy is written anew, lest gc finds it old enough to delete
-
+_SENT_UNASKED_BYTES = 8 << 20  # sending so much to a remote store takes no longer than asking for it
 _THREADS_PAY_BYTES = 1 << 20
 
 
@@ -54,7 +54,9 @@ def write_data(
     """Path and SHA-256 of `data`, stored under its own hash below `folder` or the stage's data."""
     sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else file_sha256(data)
     path = f"{folder or data_folder(stage)}/{sha256[:2]}/{sha256}{suffix}"
-    if not storage.holds(path, data, _REUSE_AGE_S):
+    size = len(data) if isinstance(data, bytes) else data.stat().st_size
+    is_asked = storage.is_local or size > _SENT_UNASKED_BYTES
+    if not (is_asked and storage.holds(path, data, _REUSE_AGE_S)):
         if isinstance(data, bytes):
             storage.write_bytes(path, data)
         else:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,15 @@ def test_an_error_of_the_machine_ends_the_shard_but_keeps_what_is_done(
     assert not catalog.failed_keys()
 
 
-def interrupting(stage: DoublingStage, error: BaseException) -> Callable[..., Output]:
+def interrupting(stage: DoublingStage, error: BaseException, at: str = "key1") -> Callable[..., Output]:
     process = stage.process
 
-    def second_item_raises(item: Item, *rest: Any) -> Output:
-        if item.key == "key1":
+    def process_or_raise(item: Item, *rest: Any) -> Output:
+        if item.key == at:
             raise error
         return process(item, *rest)
 
-    return second_item_raises
+    return process_or_raise
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 5])
@@ -295,3 +296,114 @@ def test_libraries_work_on_one_thread_meanwhile(store: Storage) -> None:
 def test_an_empty_shard_writes_nothing(store: Storage) -> None:
     assert run_shard(store, DoublingStage(), [], {}) == []
     assert store.list() == {}
+
+
+# --- items worked on at once
+
+
+class WaitingStage(DoublingStage):
+    """Works on four items at once. One that is in `waits_for` first waits for its event, or to be stopped."""
+
+    concurrency = 4
+
+    def __init__(self, waits_for: dict[str, threading.Event] | None = None) -> None:
+        super().__init__()
+        self.waits_for = waits_for or {}
+        self.ended: dict[str, threading.Event] = {f"key{number}": threading.Event() for number in range(99)}
+
+    def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output:
+        try:
+            if event := self.waits_for.get(item.key):
+                while not event.wait(0.005):
+                    report(0, 1)
+            return super().process(item, config, models, scratch, report)
+        finally:
+            self.ended[item.key].set()
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Storage:
+    """In memory, where items wait no longer than on a disk but count as if they did."""
+    return Storage(f"memory://shard-{os.urandom(4).hex()}", cache_dir=tmp_path / "cache")
+
+
+def test_rows_come_in_the_order_of_the_items_however_many_are_worked_on_at_once(remote: Storage) -> None:
+    stage = WaitingStage()
+    stage.waits_for = {"key0": stage.ended["key3"], "key2": stage.ended["key9"]}
+    seen: list[dict[str, Any]] = []
+    numbers = [1, -2, ValueError("oops"), *range(4, 41)]
+    rows = run_shard(remote, stage, specs(*numbers), {}, on_row=seen.append)
+    assert seen == rows
+    assert [row["key"] for row in rows] == [f"key{place}" for place in range(40)]
+    assert [row.get("double") for row in rows] == [
+        None if isinstance(number, ValueError) else 2 * number for number in numbers
+    ]
+    assert rows[2]["error"] == "unexpected ValueError: oops"
+    assert len(remote.list("stages/doubling/manifests")) == 1
+    assert set(stage.threads) == {1}
+    assert stage.found == []
+    assert 1 < len(set(stage.scratch)) <= 4
+    assert not any(path.exists() for path in stage.scratch)
+
+
+def test_on_a_disk_items_are_worked_on_in_turn(store: Storage) -> None:
+    stage = WaitingStage()
+    run_shard(store, stage, specs(*range(1, 9)), {})
+    assert len(set(stage.scratch)) == 1
+
+
+def test_cancelling_keeps_what_was_finished_meanwhile(remote: Storage) -> None:
+    stage = WaitingStage({"key1": threading.Event()})
+    cancelled = stage.ended["key9"].is_set
+    with pytest.raises(Cancelled):
+        run_shard(remote, stage, specs(*range(1, 99)), {}, cancelled=cancelled)
+    finished = set(load_catalog(remote, "doubling").ok_keys())
+    assert {"key0", "key2", "key8"} <= finished
+    assert "key1" not in finished
+    assert len(finished) < 20
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (StoreError("gone", keys=["face:1"]), StoreError),
+        (WeightsError("altered"), WeightsError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["store", "weights", "interrupt"],
+)
+def test_an_error_of_the_machine_stops_the_items_at_work_and_keeps_the_finished(
+    remote: Storage, error: Any, raised: type[BaseException]
+) -> None:
+    stage = WaitingStage({"key0": threading.Event()})
+    stage.process = interrupting(stage, error, "key5")  # type: ignore[method-assign]
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(raised) as caught:
+        run_shard(remote, stage, specs(*range(1, 99)), {}, on_row=rows.append)
+    assert caught.value is error
+    finished = load_catalog(remote, "doubling").ok_keys()
+    assert {row["key"] for row in rows} == set(finished)
+    assert not {"key0", "key5"} & set(finished)
+    assert len(finished) < 20
+
+
+def test_only_the_first_item_at_work_is_told_of(remote: Storage) -> None:
+    """Whoever hears nothing for long blames the item last told of."""
+    stage = WaitingStage()
+    stage.waits_for = {"key2": stage.ended["key9"]}
+    told: list[tuple[str, int, int]] = []
+    run_shard(remote, stage, specs(*range(1, 13)), {}, on_progress=lambda *event: told.append(event))
+    keys = [key for key, _, _ in told]
+    assert list(dict.fromkeys(keys)) == [f"key{place}" for place in range(12)]
+    assert keys == sorted(keys, key=lambda key: int(key[3:]))
+
+
+def test_out_of_memory_an_item_is_tried_twice_among_others(remote: Storage) -> None:
+    stage = WaitingStage()
+    rows = run_shard(remote, stage, specs(1, MemoryError(), 3), {})
+    assert [(row["status"], row.get("retryable")) for row in rows] == [
+        ("ok", None),
+        ("failed", True),
+        ("ok", None),
+    ]
+    assert len(stage.scratch) == 4

@@ -1,5 +1,4 @@
 import functools
-import hashlib
 import os
 import socket
 import threading
@@ -11,8 +10,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from avatar_core.errors import InputError
-from avatar_core.media.source import SourcePolicy, copy_source, stat_source
+from avatar_core.errors import Cancelled, InputError
+from avatar_core.media.source import SourcePolicy, SourceStat, copy_source, stat_source, stat_sources
 
 CONTENT = bytes(range(256)) * 5000
 
@@ -38,8 +37,7 @@ def test_local_file(picture: Path, tmp_path: Path) -> None:
     for uri in (str(picture), f"file://{picture}", f"file://localhost{picture}", f"FILE:{picture}"):
         stat = stat_source(uri, SourcePolicy())
         assert (stat.size, stat.version) == (len(CONTENT), str(picture.stat().st_mtime_ns))
-        digest = copy_source(uri, SourcePolicy(), tmp_path / "copy")
-        assert digest == hashlib.sha256(CONTENT).hexdigest()
+        copy_source(uri, SourcePolicy(), tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
@@ -47,8 +45,8 @@ def test_memory_store(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/bucket/in/a.png", CONTENT)
     stat = stat_source("memory://bucket/in/a.png", SourcePolicy())
     assert (stat.size, stat.version != "") == (len(CONTENT), True)
-    digest = copy_source("memory://bucket/in/../in/a.png", SourcePolicy(), tmp_path / "copy")
-    assert digest == hashlib.sha256(CONTENT).hexdigest()
+    copy_source("memory://bucket/in/../in/a.png", SourcePolicy(), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -166,7 +164,8 @@ def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
     files.pipe(f"{s3_root}/in/a.png", CONTENT)
     policy = SourcePolicy(allowed_roots=[f"{s3_root}/in"], storage_options=s3_options)
     first = stat_source(f"{s3_root}/in/a.png", policy)
-    assert copy_source(first.uri, policy, tmp_path / "copy") == hashlib.sha256(CONTENT).hexdigest()
+    copy_source(first.uri, policy, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
     assert stat_source(first.uri, policy) == first
     files.pipe(f"{s3_root}/in/a.png", CONTENT[::-1])
     assert stat_source(first.uri, policy).version != first.version
@@ -175,6 +174,108 @@ def test_s3(tmp_path: Path, s3_root: str, s3_options: dict[str, Any]) -> None:
     assert "s3://absent-bucket/a.png: " in refusal(
         "s3://absent-bucket/a.png", SourcePolicy(storage_options=s3_options)
     )
+
+
+def one_by_one(uris: list[str], policy: SourcePolicy) -> list[SourceStat | str]:
+    def stat(uri: str) -> SourceStat | str:
+        try:
+            return stat_source(uri, policy)
+        except InputError as error:
+            return str(error)
+
+    return [stat(uri) for uri in uris]
+
+
+def all_at_once(uris: list[str], policy: SourcePolicy) -> list[SourceStat | str]:
+    found = stat_sources(uris, policy)
+    assert list(found) == list(dict.fromkeys(uris))
+    return [str(stat) if isinstance(stat, InputError) else stat for stat in map(found.get, uris) if stat]
+
+
+def test_many_local_sources(picture: Path, tmp_path: Path) -> None:
+    uris = [
+        str(picture),
+        f"file://{picture}",
+        str(picture),
+        "/absent/a.png",
+        "gs://b/a.png",
+        "a\0b",
+        "",
+        "/etc",
+    ]
+    assert all_at_once(uris, SourcePolicy()) == one_by_one(uris, SourcePolicy())
+    assert stat_sources([], SourcePolicy()) == {}
+
+
+def test_many_sources_on_s3(s3_root: str, s3_options: dict[str, Any], s3_requests: list[str]) -> None:
+    """One listing tells of those that lie together, and the same as a look at each."""
+    files = fsspec.filesystem("s3", **s3_options)
+    names = [f"{number:03d} b%20é.wav" for number in range(120)]
+    for name in names:
+        files.pipe(f"{s3_root}/in/{name}", name.encode())
+    files.pipe({f"{s3_root}/in/empty.wav": b"", f"{s3_root}/in/folder/a.wav": b"a", f"{s3_root}/b.wav": b"b"})
+    files.pipe(f"{s3_root}/in/large.wav", CONTENT)
+    policy = SourcePolicy(
+        allowed_roots=[f"{s3_root}/in"], storage_options=s3_options, max_bytes=len(CONTENT) - 1
+    )
+    uris = [f"{s3_root}/in/{name}" for name in [*names, "empty.wav", "large.wav"]]
+    uris += [f"{s3_root}/in/../in/{names[0]}", f"{s3_root}/in/absent.wav", f"{s3_root}/in/folder"]
+    uris += [f"{s3_root}/in/folder/a.wav", f"{s3_root}/b.wav", "s3:bucket/a.png", "/absent/a.png"]
+    expected = one_by_one(uris, policy)
+    s3_requests.clear()
+    assert all_at_once(uris, policy) == expected
+    absent = ["head_object", "list_objects_v2"]
+    assert sorted(s3_requests) == sorted(["list_objects_v2", *absent, *absent, "head_object"])
+
+
+def test_sources_far_apart_are_not_listed(
+    s3_root: str, s3_options: dict[str, Any], s3_requests: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that tells of few of them is the last."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "100")  # on a page
+    files = fsspec.filesystem("s3", **s3_options)
+    files.pipe({f"{s3_root}/{number:03d}": b"a" for number in range(180)})
+    uris = [f"{s3_root}/{number:03d}" for number in range(0, 180, 3)]
+    policy = SourcePolicy(storage_options=s3_options)
+    s3_requests.clear()
+    assert all_at_once(uris, policy) == one_by_one(uris, policy)
+    assert s3_requests.count("list_objects_v2") == 1
+    s3_requests.clear()
+    stat_sources([f"{s3_root}/{number:03d}" for number in range(180)], policy)
+    assert s3_requests == ["list_objects_v2"] * 2
+
+
+def test_an_object_is_read_in_one_request(
+    tmp_path: Path, s3_root: str, s3_options: dict[str, Any], s3_requests: list[str]
+) -> None:
+    fsspec.filesystem("s3", **s3_options).pipe(f"{s3_root}/a.png", CONTENT)
+    policy = SourcePolicy(storage_options=s3_options)
+    s3_requests.clear()
+    copy_source(f"{s3_root}/a.png", policy, tmp_path / "copy")
+    assert s3_requests == ["get_object"]
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    (tmp_path / "copy").unlink()
+    with pytest.raises(InputError, match=r"allowed are 100; raise input\.max_bytes"):
+        copy_source(
+            f"{s3_root}/a.png", SourcePolicy(storage_options=s3_options, max_bytes=100), tmp_path / "copy"
+        )
+    with pytest.raises(InputError, match="no such file"):
+        copy_source(f"{s3_root}/absent.png", policy, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_copying_can_be_stopped(
+    picture: Path, tmp_path: Path, s3_root: str, s3_options: dict[str, Any]
+) -> None:
+    fsspec.filesystem("s3", **s3_options).pipe(f"{s3_root}/a.png", CONTENT)
+
+    def stop() -> None:
+        raise Cancelled("stopped")
+
+    for uri in (str(picture), f"{s3_root}/a.png"):
+        with pytest.raises(Cancelled):
+            copy_source(uri, SourcePolicy(storage_options=s3_options), tmp_path / "copy", stop)
+        assert not (tmp_path / "copy").exists()
 
 
 @pytest.fixture
@@ -191,8 +292,8 @@ def test_network_when_allowed(website: str, picture: Path, tmp_path: Path) -> No
     picture.rename(picture.with_name("a.png"))
     policy = SourcePolicy(allow_network=True, allowed_roots=[f"{website}/in"])
     assert stat_source(f"{website}/in/a.png", policy).size == len(CONTENT)
-    digest = copy_source(f"{website}/in/a.png", policy, tmp_path / "copy")
-    assert digest == hashlib.sha256(CONTENT).hexdigest()
+    copy_source(f"{website}/in/a.png", policy, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == CONTENT
     assert "no such file" in refusal(f"{website}/in/absent.png", policy)
     for path in ("copy", "in/../copy", "in/%2e%2e/copy"):
         assert "lies outside the allowed folders" in refusal(f"{website}/{path}", policy)

@@ -13,6 +13,7 @@ import pytest
 from fsspec.registry import _registry as known_filesystems
 
 from avatar_core.errors import ConfigError, StoreError
+from avatar_core.store.manifest import write_data
 from avatar_core.store.storage import Storage
 
 DAY_S = 86400.0
@@ -239,6 +240,29 @@ def test_holds_compares_content(storage, tmp_path):
     assert not storage.holds("a", b"longer data", DAY_S)
     assert not storage.holds("b", b"data", DAY_S)
     assert not storage.holds("a", b"data", -1.0)
+
+
+def test_small_files_cost_one_request_each(s3_root, s3_options, s3_requests, tmp_path):
+    storage = Storage(s3_root, s3_options, cache_dir=tmp_path)
+    assert storage.list("a") == {}
+    assert s3_requests == ["list_objects_v2"]
+    s3_requests.clear()
+    path, digest = write_data(storage, "ingest", b"data", ".wav", folder="assets")
+    (tmp_path / "file").write_bytes(b"data")
+    assert write_data(storage, "ingest", tmp_path / "file", ".wav", folder="assets") == (path, digest)
+    assert storage.read_bytes(path) == b"data"
+    assert storage.local_path(path, digest).read_bytes() == b"data"
+    storage.delete([path])
+    assert s3_requests == ["put_object", "put_object", "get_object", "get_object", "delete_object"]
+
+
+def test_a_large_file_is_not_sent_again(s3_root, s3_options, s3_requests, tmp_path):
+    storage = Storage(s3_root, s3_options, cache_dir=tmp_path)
+    data = bytes(9 << 20)
+    written = write_data(storage, "decode", data, ".mp4")
+    s3_requests.clear()
+    assert write_data(storage, "decode", data, ".mp4") == written
+    assert s3_requests == ["head_object"]
 
 
 def test_many_writers_of_one_file(storage):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from avatar_core.errors import StoreError
-from avatar_core.planning.clip import STAGES
-from avatar_core.planning.runs import find_run, list_runs, read_assets, read_plan, stage_keys
+from avatar_core.planning.runs import find_run, list_runs, plan_stages, read_assets, read_plan, stage_keys
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.gc import GcReport, gc
 from avatar_core.store.storage import Storage
@@ -34,7 +33,7 @@ def verify_run(storage: Storage, name_or_id: str, *, repair: bool = False) -> Ve
     checked = 0
     for stage, keys in [
         ("ingest", None),
-        *((stage, set(stage_keys(clips, stage))) for stage in STAGES),
+        *((stage, set(stage_keys(clips, stage))) for stage in plan_stages(clips)),
     ]:
         files = _assets(storage, run.id) if keys is None else _results(storage, stage, keys)
         damaged = set()
@@ -61,14 +60,14 @@ def collect_garbage(
 ) -> GcReport:
     """Delete, or only list, what no recorded run needs; `forget` names runs that no longer count."""
     forgotten = {find_run(storage, name).id for name in forget}
-    roots: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    roots: dict[str, set[str]] = {}
     assets: set[str] = set()
     for run_id in list_runs(storage):
         if run_id in forgotten:
             continue
         clips = read_plan(storage, run_id)
-        for stage in STAGES:
-            roots[stage] |= set(stage_keys(clips, stage))
+        for stage in plan_stages(clips):
+            roots.setdefault(stage, set()).update(stage_keys(clips, stage))
         assets |= read_assets(storage, run_id)
     report = gc(storage, roots, assets, min_age_s=min_age_s, dry_run=not delete)
     if delete:

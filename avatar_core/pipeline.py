@@ -23,9 +23,8 @@ from avatar_core.errors import ConfigError, StoreError
 from avatar_core.execution.shard import run_shard
 from avatar_core.origins import origin_of, replacement
 from avatar_core.planning.batch import Batch, forget, open_batch, open_storage, recorder, take_in_again
-from avatar_core.planning.clip import STAGES
 from avatar_core.planning.plan import shards
-from avatar_core.planning.runs import find_run, read_plan, stage_keys, write_run
+from avatar_core.planning.runs import find_run, plan_stages, read_plan, stage_keys, write_run
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish, to_frame
 from avatar_core.stages.base import ItemSpec
@@ -36,8 +35,6 @@ from avatar_core.store.storage import Storage
 
 MAX_PASSES = 3
 """How often damaged results are computed again before the store itself must be at fault."""
-
-_FACE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -114,9 +111,11 @@ def run_batch(batch: Batch, observer: Observer, cancelled: Callable[[], bool] = 
 
 def check_gpus(batch: Batch) -> None:
     """A model that wants a GPU would take days on a CPU."""
+    if batch.backend.renders_on_cpu:
+        return
     runtime = batch.config.runtime
     to_do = [stage for stage, stage_plan in batch.plan().items() if stage_plan.to_do]
-    wanting = [stage for stage in to_do if batch.stages[stage].queue == "gpu"]
+    wanting = [stage for stage in to_do if batch.stages[stage].device_kind == "gpu"]
     if wanting and runtime.gpus == "auto" and not usable_gpus(runtime) and not runtime.pretend:
         raise ConfigError(
             f"backend {batch.backend.name} computes {', '.join(wanting)} on a GPU, and this machine shows "
@@ -190,7 +189,7 @@ def estimate(batch: Batch) -> dict[str, Estimate]:
 def seconds_per_work(batch: Batch, stage: str) -> float:
     """Measured in this store, else guessed: sizes shards, and is never shown."""
     measured = measured_rate(batch.results[stage].catalog, "seconds")
-    return measured or batch.backend.guessed_seconds.get(stage, _FACE_SECONDS)
+    return measured or batch.stages[stage].guessed_seconds
 
 
 def measured_rate(catalog: Catalog, column: str) -> float | None:
@@ -225,17 +224,18 @@ def rerun_config(config: Config, run: str, *, stage: str | None = None, only_fai
     storage = open_storage(config)
     recorded = find_run(storage, run)
     if stage is not None:
-        if stage not in STAGES:
+        clips = read_plan(storage, recorded.id)
+        stages = plan_stages(clips)
+        if stage not in stages:
             raise ConfigError(
-                f"unknown stage `{stage}`; choose one of: {', '.join(STAGES)}{nearest(stage, STAGES)}"
+                f"unknown stage `{stage}`; choose one of: {', '.join(stages)}{nearest(stage, stages)}"
             )
-        _drop_stages(storage, recorded.id, STAGES[STAGES.index(stage) :], only_failed)
+        _drop_stages(storage, clips, stages[stages.index(stage) :], only_failed)
     values = {**recorded.config, "storage": config.storage, "runtime": config.runtime, "retry_failed": True}
     return parse(Config, values)
 
 
-def _drop_stages(storage: Storage, run_id: str, stages: Sequence[str], only_failed: bool) -> None:
-    clips = read_plan(storage, run_id)
+def _drop_stages(storage: Storage, clips: pd.DataFrame, stages: Sequence[str], only_failed: bool) -> None:
     if only_failed:
         finished = load_catalog(storage, "decode").ok_keys()
         clips = clips[~clips["decode_key"].isin(finished)]
@@ -276,7 +276,7 @@ def _run_stage(
         chained = [spec for spec in shard if name in spec.inputs]
         return continued_data(name, chained, consumed_rows(batch, chained))
 
-    runtime, on_gpu = batch.config.runtime, batch.stages[name].queue == "gpu"
+    runtime, on_gpu = batch.config.runtime, batch.stages[name].device_kind == "gpu"
     device = "cuda" if on_gpu and usable_gpus(runtime) and not runtime.pretend else "cpu"
     seconds = seconds_per_work(batch, name)
     left = items

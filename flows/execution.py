@@ -179,7 +179,7 @@ class Execution:
 def _queues(batch: Batch, settings: RunSettings) -> LocalQueues:
     """No more queues than could be busy at once, none where nothing is to do."""
     to_do = {stage: len(stage_plan.to_do) for stage, stage_plan in batch.plan().items()}
-    on_gpu = any(count and batch.stages[stage].queue == "gpu" for stage, count in to_do.items())
+    on_gpu = any(count and batch.stages[stage].device_kind == "gpu" for stage, count in to_do.items())
     cpus = min(settings.cpus, max(to_do.values(), default=0))
     return LocalQueues(settings.gpus if on_gpu else (), settings.pretend, cpus)
 

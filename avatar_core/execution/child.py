@@ -24,8 +24,8 @@ from avatar_core.backends.base import create_backend
 from avatar_core.errors import AvatarError, Cancelled
 from avatar_core.execution.shard import one_thread, run_shard
 from avatar_core.execution.worker_process import Job, JobResult, Row, Said, shared_number
+from avatar_core.planning.stages import create_stages
 from avatar_core.stages.base import Stage
-from avatar_core.stages.registry import create_stages
 from avatar_core.store.manifest import parquet_bytes
 from avatar_core.store.storage import Storage
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from avatar_core.errors import BackendError, Cancelled, StoreError
 from avatar_core.execution.faults import Trouble, owners, passes_by_itself, raised
-from avatar_core.execution.schedule import QueueKind, Schedule, Shard, StageInfo
+from avatar_core.execution.schedule import Schedule, Shard, StageInfo
 from avatar_core.execution.settings import RunSettings
 from avatar_core.execution.work import Work
 from avatar_core.execution.worker_process import Job, JobResult, LocalQueue
@@ -172,8 +172,7 @@ class Coordinator:
         stage = self.batch.stages[name]
         seconds = seconds_per_work(self.batch, name)
         loads = stage.weights(self._work.example(name).config)
-        queue: QueueKind = "gpu" if stage.queue == "gpu" else "cpu"
-        return StageInfo(name, queue, name if loads else "", seconds, stage.max_items)
+        return StageInfo(name, stage.device_kind, name if loads else "", seconds, stage.max_items)
 
     # --- driving
 

@@ -22,10 +22,10 @@ from avatar_core.planning.clip_builder import ClipBuilder
 from avatar_core.planning.clip_names import clip_names, slug
 from avatar_core.planning.clips import Clips
 from avatar_core.planning.plan import Outlook, StagePlan, make_plan, outlook, shards
+from avatar_core.planning.stages import create_stages
 from avatar_core.progress import Observer, Silent
 from avatar_core.stages.base import Asset, ItemSpec, Stage
 from avatar_core.stages.ingest import IngestStage, Kind, ingest_config, source_policy
-from avatar_core.stages.registry import create_stages
 from avatar_core.stages.speech import SpeechStage, prepare, speech_item
 from avatar_core.store.catalog import OK, drop, load_catalog
 from avatar_core.store.keys import config_values, digest, item_key, new_id
@@ -76,7 +76,7 @@ def open_batch(
     stages = create_stages(backend)
     results = {stage: StageResults(load_catalog(storage, stage)) for stage in stages}
     sources = take_in(storage, rows, config, results["ingest"], observer, cancelled)
-    clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
+    clips = Clips(ClipBuilder(config, backend, sources), rows, names)
     batch = Batch(config, batch_name(config), storage, backend, stages, clips, results)
     _drop_lost_videos(batch)
     return batch
@@ -86,7 +86,7 @@ def take_in_again(batch: Batch, observer: Observer, cancelled: Callable[[], bool
     """Ingest what is missing of the batch once more; the clips follow from what the sources hold now."""
     rows = batch.clips.rows
     sources = take_in(batch.storage, rows, batch.config, batch.results["ingest"], observer, cancelled)
-    builder = ClipBuilder(batch.config, batch.backend, batch.stages, sources)
+    builder = ClipBuilder(batch.config, batch.backend, sources)
     batch.clips = Clips(builder, rows, batch.clips.names)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatar_core.media.table import TableRows
-from avatar_core.planning.clip import STAGES, Clip
+from avatar_core.planning.clip import Clip
 from avatar_core.planning.clip_builder import ClipBuilder
 from avatar_core.planning.clip_items import chained, stage_items
 from avatar_core.planning.clip_names import numbered_name
@@ -35,19 +35,20 @@ class Clips(Sequence[Clip]):
         self.rejected: dict[int, str] = {}  # reasons by clip
         self._nth = array("i")  # among the clips of its row
         self._split = bytearray()  # whether the row has several parts
-        stages = [stage for stage in STAGES if stage in builder.stages]
+        stages = list(builder.stages)
         keys = {stage: bytearray() for stage in stages}
         work = {stage: array("d") for stage in stages}
-        windows = array("i")  # of each clip, and 1 of a rejected one
+        windows = {stage: array("i") for stage in builder.chained}  # of each clip, and 1 of a rejected one
         for position, row in enumerate(rows):
             clips = builder.clips(row, self.names[position])
             parts = max(clip.part for clip in clips)
             for nth, clip in enumerate(clips):
                 if clip.error is not None:
                     self.rejected[len(self)] = clip.error
-                for window in clip.windows[:-1]:
-                    keys["denoise"] += bytes.fromhex(window.key)
-                    work["denoise"].append(window.work)
+                for stage, items in clip.windows.items():
+                    for window in items[:-1]:
+                        keys[stage] += bytes.fromhex(window.key)
+                        work[stage].append(window.work)
                 for stage in stages:
                     item = clip.items.get(stage)
                     keys[stage] += bytes.fromhex(item.key) if item else _NO_KEY
@@ -58,10 +59,11 @@ class Clips(Sequence[Clip]):
                 self.seed.append(clip.seed or 0)
                 self._nth.append(nth)
                 self._split.append(parts > 0)
-                windows.append(len(clip.windows) or 1)
+                for stage, counts in windows.items():
+                    counts.append(len(clip.windows.get(stage, ())) or 1)
         self.stages = {stage: stage_items(keys.pop(stage), work.pop(stage)) for stage in stages}
-        if builder.windowed:
-            self.stages["denoise"] = chained(self.stages["denoise"], np.asarray(windows))
+        for stage, counts in windows.items():
+            self.stages[stage] = chained(self.stages[stage], np.asarray(counts))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -92,27 +94,24 @@ class Clips(Sequence[Clip]):
         return np.append(items.keys, np.zeros(1, KEY))[items.of_clip]
 
     def hex_keys(self, stage: str, start: int = 0, stop: int | None = None) -> list[str | None]:
-        """The same as text for the clips from `start` to before `stop`, None where the row is rejected or
-        the backend has no such stage."""
-        if stage not in self.stages:
-            return [None] * len(range(*slice(start, stop).indices(len(self))))
+        """The same as text for the clips from `start` to before `stop`, None where the row is rejected."""
         items = self.stages[stage]
         of_clip = items.of_clip[start:stop]
         text = items.keys[of_clip[of_clip >= 0]].tobytes().hex()
         keys = (text[at : at + 64] for at in range(0, len(text), 64))
         return [next(keys) if known else None for known in (of_clip >= 0).tolist()]
 
-    def window_keys(self, start: int, stop: int) -> list[list[str] | None]:
+    def window_keys(self, stage: str, start: int, stop: int) -> list[list[str] | None]:
         """The keys of all windows of the clips from `start` to before `stop`, None where the row is
         rejected."""
-        return [[item.key for item in clip.windows] or None for clip in self[start:stop]]
+        return [[item.key for item in clip.windows.get(stage, ())] or None for clip in self[start:stop]]
 
     def name_of_item(self, stage: str, key: str) -> str:
         """The name of the first clip that needs an item, with the window that it is, if of several."""
         items = self.stages[stage]
         item = np.searchsorted(items.keys, np.array(bytes.fromhex(key), KEY))
         clip = int(items.first[item])
-        count = len(self[clip].windows) if items.chain else 0
+        count = len(self[clip].windows[stage]) if items.chain else 0
         if not items.chain or count < 2:
             return self.name(clip)
         return f"{self.name(clip)}, window {items.chain.window[item] + 1} of {count}"

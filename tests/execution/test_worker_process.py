@@ -19,13 +19,12 @@ from avatar_core.errors import ConfigError
 from avatar_core.execution.shard import run_shard
 from avatar_core.execution.worker_process import Job, JobResult, LocalQueue, LocalQueues
 from avatar_core.planning.batch import Batch, open_batch
-from avatar_core.planning.clip import STAGES
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
 from tests.execution import toy_backend as toy
 from tests.processes import PATIENCE_S, exists, until
-from tests.sample_rows import Rendered, attempts, data_files, flip_byte
+from tests.sample_rows import PREVIEW_STAGES, Rendered, attempts, data_files, flip_byte
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -70,7 +69,7 @@ def pid_of(queue: LocalQueue) -> int:
 @pytest.fixture
 def batch(rendered: Rendered, store: Path) -> Batch:
     """Everything but the ingested sources is to do."""
-    for stage in STAGES:
+    for stage in PREVIEW_STAGES:
         for path in (store / "stages" / stage).rglob("*.*"):
             path.unlink()
     return open_batch(parse(Config, {"table": str(rendered.table), "storage": {"root": str(store)}}))

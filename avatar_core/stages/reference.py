@@ -119,10 +119,11 @@ class FootageReferenceStage(ReferenceStage[OptionsT, ModelsT], Generic[OptionsT,
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture as it was given, upright, and who speaks in it: `boxes` of the row in its pixels, which alone
-    decide where there are any; else the speakers' `faces`."""
+    """A picture as it was given, upright, and `fitted` to the size of the video; and who speaks in it:
+    `boxes` of the row in its pixels, which alone decide where there are any, else the speakers' `faces`."""
 
     picture: Picture
+    fitted: Picture
     faces: Sequence[Face]
     boxes: tuple[tuple[float, ...], ...]
     speakers: int
@@ -140,7 +141,7 @@ class SceneReferenceStage(_ReferenceStage[OptionsT, ModelsT], Generic[OptionsT, 
         faces = [] if config.boxes else _speakers(item, config)
         source = load_upright(item, NO_LIMITS)
         fitted, _ = self.backend.fit_picture(source, config.max_side)
-        scene = Scene(source, faces, config.boxes, config.speakers)
+        scene = Scene(source, fitted, faces, config.boxes, config.speakers)
         return self._output(fitted, faces, self.encode(models, scene, config.backend))
 
 

@@ -205,6 +205,16 @@ def test_rows_that_cannot_be_rendered_say_why(tiny: Path, folder: Path, tmp_path
     assert "happy" in errors["emotion"]
 
 
+def test_a_row_without_a_seed_may_set_options(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    row = {name: value for name, value in BASE.items() if name != "seed"}
+    rows = [{**row, "name": f"n{n}", "params": f'{{"guidance_scale": {n}}}'} for n in ("3", "3.0", "4")]
+    table = write_table(folder / "options.csv", rows)
+    config = {"table": str(table), "storage": {"root": str(tmp_path)}, "backend": backend()}
+    clips = open_batch(config).clips
+    assert clips[0].seed == clips[1].seed != clips[2].seed
+    assert [clip.items["denoise"].config.backend.guidance_scale for clip in clips] == [3.0, 3.0, 4.0]
+
+
 def test_footage_is_registered_frame_by_frame_and_runs_forth_and_back(tiny: Path, folder: Path) -> None:
     ditto = create_backend(backend()).resolve()
     still = load_image(folder / "portrait.jpg")

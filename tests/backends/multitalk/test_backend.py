@@ -9,6 +9,7 @@ from avatar_core.backends.multitalk.config import MultiTalkConfig
 from avatar_core.backends.multitalk.stages import MultiTalkDenoise
 from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
 from avatar_core.errors import ConfigError, WeightsError
+from tests.subjects import subject
 
 FAST = {"checkpoint": "multitalk-tiny"}
 
@@ -126,6 +127,12 @@ def test_the_large_models_have_memory_levels() -> None:
     levels = {name: stage.memory_levels("cpu") for name, stage in multitalk(**FAST).stages().items()}
     assert {stage for stage in levels if levels[stage]} == {"text", "denoise"}
     assert levels["text"] == levels["denoise"] == ("h200", "80gb", "48gb", "24gb", "10gb")
+
+
+@pytest.mark.parametrize(("duration_s", "windows"), [(1.0, 1), (3.24, 1), (3.25, 2), (60.0, 27)])
+def test_a_clip_has_windows(duration_s: float, windows: int) -> None:
+    backend = multitalk(**FAST)
+    assert MultiTalkDenoise(backend).num_windows(subject(backend, duration_s=duration_s)) == windows
 
 
 def test_a_clip_has_as_many_frames_as_its_speech() -> None:

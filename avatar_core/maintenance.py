@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from avatar_core.errors import StoreError
-from avatar_core.planning.clip import STAGES
 from avatar_core.planning.runs import (
     find_run,
     list_runs,
+    plan_stages,
     read_assets,
     read_plan,
     run_name,
@@ -43,7 +43,7 @@ def verify_run(storage: Storage, name_or_id: str, *, repair: bool = False) -> Ve
     checked = 0
     for stage, keys in [
         ("ingest", None),
-        *((stage, set(stage_keys(clips, stage))) for stage in STAGES),
+        *((stage, set(stage_keys(clips, stage))) for stage in plan_stages(clips)),
     ]:
         files = _assets(storage, run.id) if keys is None else _results(storage, stage, keys)
         damaged = set()
@@ -73,14 +73,14 @@ def collect_garbage(
     for run_id in _without_plan(storage, set(list_runs(storage)) - forgotten):
         # What it stands on is not known: nothing goes that may be of it.
         min_age_s = max(min_age_s, (datetime.now(UTC) - started_at(run_id)).total_seconds())
-    roots: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    roots: dict[str, set[str]] = {}
     assets: set[str] = set()
     for run_id in list_runs(storage):
         if run_id in forgotten:
             continue
         clips = read_plan(storage, run_id)
-        for stage in STAGES:
-            roots[stage] |= set(stage_keys(clips, stage))
+        for stage in plan_stages(clips):
+            roots.setdefault(stage, set()).update(stage_keys(clips, stage))
         assets |= read_assets(storage, run_id)
     report = gc(storage, roots, assets, min_age_s=min_age_s, dry_run=not delete)
     if delete:

@@ -69,6 +69,16 @@ def fitting_level(device: str) -> Level:
     return next((level for level in LEVELS if gib >= level.device_gb * _USABLE), LEVELS[-1])
 
 
+def fitting_level_names(device: str) -> tuple[str, ...]:
+    """The levels that a device has memory for, from the most to the least."""
+    return LEVEL_NAMES[LEVEL_NAMES.index(fitting_level(device).name) :]
+
+
+def chosen_level(name: str | None, device: str) -> Level:
+    """The level of this name, without one the first that the device has memory for."""
+    return get_level(name) if name else fitting_level(device)
+
+
 BLOCK_STACKS = ("transformer_blocks", "single_transformer_blocks")
 """Where diffusers' two-stream transformers have nearly all of their weights, in the order they run."""
 

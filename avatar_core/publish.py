@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_column, column_type, from_arrow
 from avatar_core.media.table import TableRows
-from avatar_core.planning.clip import STAGES
 from avatar_core.planning.clips import Clips
 from avatar_core.planning.plan import first_failure
 from avatar_core.progress import Observer
@@ -52,10 +51,10 @@ SCHEMA = pa.schema(
         "bytes": pa.int64(),
         "sha256": pa.string(),
         "run_id": pa.string(),
-        **{f"{stage}_key": pa.string() for stage in STAGES},
     }
 )
-"""Our columns; those of the input follow, under `input_<name>` where the name is taken."""
+"""Our columns, whatever the backend. The key of each of its stages follows, then the columns of the input,
+under `input_<name>` where the name is taken."""
 
 _VIDEO_COLUMNS = ("renderer", "width", "height", "fps", "num_frames", "duration_s", "bytes", "sha256")
 _KEPT = ["file_name", "name", "sha256", "error", "run_id"]
@@ -102,7 +101,7 @@ def publish(
         merged = None if complete or old is None else _merge(old, fresh)
         metadata = fresh if merged is None else merged
         failures = to_frame(metadata.filter(pc.equal(metadata["status"], "failed")))
-        _write(storage, f"{folder}/failures.csv", _csv(failures))
+        _write(storage, f"{folder}/failures.csv", _csv(failures, rows.ours.names))
         schema = metadata.schema.with_metadata(dict(origin))
         pieces = _pieces(spool) if merged is None else iter([merged])
         put_table(storage, f"{folder}/metadata.parquet", schema, pieces)
@@ -137,8 +136,10 @@ class _Rows:
         self._run_id = run_id
         kept = pa.schema([SCHEMA.field(name) for name in _KEPT])
         self._old = kept.empty_table() if old is None else old.select(_KEPT).combine_chunks()
-        self._inputs = _input_fields(clips.rows)
-        self.schema = pa.schema([*SCHEMA, *self._inputs.values()])
+        keys = pa.schema({f"{stage}_key": pa.string() for stage in clips.stages})
+        self.ours = pa.schema([*SCHEMA, *keys])
+        self._inputs = _input_fields(clips.rows, self.ours.names)
+        self.schema = pa.schema([*self.ours, *self._inputs.values()])
         decode = clips.stages["decode"]
         self._finished = np.append(results["decode"].states(decode.keys) == OK, False)[decode.of_clip]
 
@@ -150,7 +151,7 @@ class _Rows:
         ours = self._columns(start, stop, videos)
         theirs = self._input_columns(start, stop)
         metadata = pa.table(
-            [pa.array(ours[field.name], field.type) for field in SCHEMA] + theirs, self.schema
+            [pa.array(ours[field.name], field.type) for field in self.ours] + theirs, self.schema
         )
         # of the same name in the dataset as it is, null where there is none
         before = self._old.take(pc.index_in(metadata["name"], value_set=self._old["name"]))
@@ -161,7 +162,7 @@ class _Rows:
     def _columns(
         self, start: int, stop: int, videos: Mapping[str, Sequence[Any]]
     ) -> dict[str, Sequence[Any]]:
-        """Under our schema."""
+        """Ours, by name."""
         clips, indices = self._clips, range(start, stop)
         finished = self._finished[start:stop]
         names = [clips.name(i) for i in indices]
@@ -190,7 +191,7 @@ class _Rows:
             "backend": [self._backend] * len(names),
             "run_id": [self._run_id] * len(names),
             **{name: _spread(videos[name], finished) for name in _VIDEO_COLUMNS},
-            **{f"{stage}_key": clips.hex_keys(stage, start, stop) for stage in STAGES},
+            **{f"{stage}_key": clips.hex_keys(stage, start, stop) for stage in clips.stages},
         }
 
     def _input_columns(self, start: int, stop: int) -> list[pa.Array]:
@@ -207,8 +208,8 @@ def _spread(values: Sequence[Any], finished: NDArray[np.bool_]) -> list[Any]:
     return [next(remaining) if ok else None for ok in finished]
 
 
-def _input_fields(rows: TableRows) -> dict[str, pa.Field]:
-    """By column of the input: what it is called in the dataset, and its type."""
+def _input_fields(rows: TableRows, taken: Collection[str]) -> dict[str, pa.Field]:
+    """By column of the input: what it is called in the dataset, beside `taken` names, and its type."""
     types: dict[str, set[pa.DataType]] = {}
     for start, stop in stretches(len(rows)):
         sources = rows.column("source", start, stop)
@@ -219,13 +220,13 @@ def _input_fields(rows: TableRows) -> dict[str, pa.Field]:
         if len(found - {pa.null()}) > 1:
             found = {column_type([source.get(name) for (source,) in rows.columns("source")])}
         kind = max(found, key=lambda each: not pa.types.is_null(each))
-        fields[name] = pa.field(_renamed(name, types), pa.string() if pa.types.is_null(kind) else kind)
+        fields[name] = pa.field(_renamed(name, types, taken), pa.string() if pa.types.is_null(kind) else kind)
     return fields
 
 
-def _renamed(name: str, names: Collection[str]) -> str:
+def _renamed(name: str, names: Collection[str], taken: Collection[str]) -> str:
     new = name
-    while new.lower() in SCHEMA.names or (new != name and new in names):
+    while new.lower() in taken or (new != name and new in names):
         new = f"input_{new}"
     return new
 
@@ -345,9 +346,9 @@ def _write(storage: Storage, path: str, data: bytes) -> None:
         storage.write_bytes(path, data)
 
 
-def _csv(failures: pd.DataFrame) -> bytes:
+def _csv(failures: pd.DataFrame, ours: Collection[str]) -> bytes:
     columns = ["row", "name", "take", "part", "failed_stage", "error_type", "error"]
-    inputs = [c for c in failures.columns if c not in SCHEMA.names]
+    inputs = [c for c in failures.columns if c not in ours]
     return failures[columns + inputs].to_csv(index=False).encode()
 
 

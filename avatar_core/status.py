@@ -7,8 +7,15 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 
-from avatar_core.planning.clip import STAGES
-from avatar_core.planning.runs import find_run, list_runs, read_plan, run_name, stage_keys, started_at
+from avatar_core.planning.runs import (
+    find_run,
+    list_runs,
+    plan_stages,
+    read_plan,
+    run_name,
+    stage_keys,
+    started_at,
+)
 from avatar_core.store.catalog import Catalog, load_catalog
 from avatar_core.store.storage import Storage
 
@@ -61,42 +68,48 @@ class RunStatus:
 
 def summarise_runs(storage: Storage, latest: int | None = 20) -> list[RunSummary]:
     """The recorded runs, newest first."""
+    catalogs = _Catalogs(storage)
     ids = list_runs(storage)[::-1][:latest]
-    catalogs = _catalogs(storage) if ids else {}
     return [_summary(run_id, _outcomes(read_plan(storage, run_id), catalogs)) for run_id in ids]
 
 
 def read_status(storage: Storage, name_or_id: str) -> RunStatus:
     """Raises `StoreError` if there is no such run."""
     run = find_run(storage, name_or_id)
-    catalogs = _catalogs(storage)
+    catalogs = _Catalogs(storage)
     clips = read_plan(storage, run.id)
     clips["outcome"] = _outcomes(clips, catalogs)
     published = storage.exists(f"datasets/{run.name}/metadata.parquet")
     return RunStatus(
         _summary(run.id, clips["outcome"]),
         f"{storage.uri}/datasets/{run.name}" if published else None,
-        tuple(
-            _stage(stage, clips, catalogs[stage]) for stage in STAGES if clips[f"{stage}_key"].notna().any()
-        ),
+        tuple(_stage(stage, clips, catalogs[stage]) for stage in plan_stages(clips)),
         tuple(_failures(clips, catalogs)),
     )
 
 
-def _catalogs(storage: Storage) -> dict[str, Catalog]:
-    return {stage: load_catalog(storage, stage) for stage in STAGES}
+class _Catalogs(dict[str, Catalog]):
+    """By stage, each loaded when it is first asked for."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def __missing__(self, stage: str) -> Catalog:
+        self[stage] = load_catalog(self._storage, stage)
+        return self[stage]
 
 
 def _outcomes(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> pd.Series:
     """By clip: `ok`, `to do`, or the stage that failed first."""
+    stages = plan_stages(clips)
     conditions: list[Sequence[bool] | pd.Series] = [
         clips["error"].notna(),
         clips["decode_key"].isin(catalogs["decode"].ok_keys()),
     ]
-    for stage in STAGES:
+    for stage in stages:
         failed = _failed_keys(clips, stage, catalogs[stage])
         conditions.append(clips.index.to_series().isin(failed.index))
-    outcomes = np.select(conditions, ["ingest", "ok", *STAGES], "to do")
+    outcomes = np.select(conditions, ["ingest", "ok", *stages], "to do")
     return pd.Series(outcomes, clips.index)
 
 
@@ -123,7 +136,7 @@ def _stage(stage: str, clips: pd.DataFrame, catalog: Catalog) -> StageStatus:
 def _failures(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> list[ClipFailure]:
     failures = []
     failed = clips[~clips["outcome"].isin(["ok", "to do"])]
-    keys = {stage: _failed_keys(failed, stage, catalogs[stage]) for stage in STAGES}
+    keys = {stage: _failed_keys(failed, stage, catalogs[stage]) for stage in plan_stages(failed)}
     for label, clip in zip(failed.index, failed.to_dict("records"), strict=True):
         stage = clip["outcome"]
         row = catalogs[stage].failure(keys[stage][label]) if stage != "ingest" else None

@@ -26,7 +26,7 @@ import av
 from avatar_core.config import VideoConfig
 from avatar_core.media.audio import probe_audio
 from avatar_core.media.video import VideoWriter, read_frames
-from avatar_core.planning.clip import STAGES
+from avatar_core.stages.face import FaceStage
 
 ONE_PROCESS = """
 import sys
@@ -89,7 +89,7 @@ def usage(command: list[str]) -> tuple[float, float]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
-            if line.startswith(f"{STAGES[0]}: ") and "to do" in line:
+            if line.startswith(f"{FaceStage.name}: ") and "to do" in line:
                 planned_s = time.monotonic()
     wall_s = time.monotonic() - planned_s
     if process.returncode:

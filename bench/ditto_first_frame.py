@@ -15,6 +15,7 @@ from avatar_core.backends.ditto.config import DittoConfig
 from avatar_core.backends.ditto.config_reader import read_official_config
 from avatar_core.backends.ditto.live import load_stream_models, stream_settings
 from avatar_core.backends.ditto.registration import Avatar
+from avatar_core.backends.ditto.stages import DittoReference
 from avatar_core.backends.ditto.stream import DittoStream
 
 
@@ -29,13 +30,14 @@ def main() -> None:
     backend = DittoBackend(DittoConfig()).resolve()
     config, official = backend.config, read_official_config("ditto")
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(backend.load, "reference", config.reference, device, None)
+        reference = DittoReference(backend, config.checkpoint)
+        loading = pool.submit(reference.load_models, config.reference, device, None)
         models = load_stream_models(config, official, device)
         registrar = loading.result()
     mark("models")
     generator = np.random.default_rng(0)
     picture = generator.integers(0, 255, (768, 768, 3), np.uint8)
-    avatar = Avatar.from_tensors(backend.encode_picture(registrar, picture, [], config.reference))
+    avatar = Avatar.from_tensors(registrar.register([picture], [], is_image=True))
     mark("registered")
     speech = (0.1 * generator.standard_normal(32_000)).astype(np.float32)
     with DittoStream(avatar, [picture], models, stream_settings(config, official)) as stream:

@@ -38,8 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from yardsticks import assets, pairs
 
-from avatar_core.planning.clip import STAGES
-from avatar_core.planning.runs import list_runs, read_plan
+from avatar_core.planning.runs import list_runs, plan_stages, read_plan
 from avatar_core.store.catalog import load_catalog
 from avatar_core.store.storage import Storage
 from flows.server import start_server, stop_server
@@ -396,7 +395,7 @@ def _first_clip(batch: StubBatch) -> tuple[float, float]:
     first = read_calls(batch.folder, "decode").sort_values("end_s").iloc[0]
     clips = read_plan(batch.storage, list_runs(batch.storage)[-1]).set_index("decode_key", drop=False)
     clip = clips.loc[first["item"]]
-    rows = [load_catalog(batch.storage, stage).get(clip[f"{stage}_key"]) for stage in STAGES]
+    rows = [load_catalog(batch.storage, stage).get(clip[f"{stage}_key"]) for stage in plan_stages(clips)]
     return first["end_s"] - ingested_s, sum(row["seconds"] for row in rows if row)
 
 

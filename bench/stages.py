@@ -27,7 +27,6 @@ from avatar_core.media.mtcnn import installed_weights
 from avatar_core.media.video import VideoWriter, frame_rate, read_frames
 from avatar_core.pipeline import consumed_rows
 from avatar_core.planning.batch import Batch, open_batch
-from avatar_core.planning.clip import STAGES
 
 SAMPLES = Path(__file__).parent.parent / "data" / "samples"
 SCENES = ((512, 512, 0.25), (512, 512, 0.45), (1280, 720, 0.125), (1280, 720, 0.25))  # width, height, face
@@ -70,7 +69,7 @@ def render(folder: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as store:
         row = {"image": str(folder / "scene.png"), "audio": str(folder / "speech.wav")}
         batch = open_batch({"rows": [row], "storage": {"root": store}})
-        spent = {stage: run_stage(batch, stage) for stage in STAGES if stage in batch.stages}
+        spent = {stage: run_stage(batch, stage) for stage in batch.backend.stages()}
         video = batch.results["decode"].ok(batch.clips[0].items["decode"].key)
         assert video is not None
         batch.storage.copy_out(video["data"], folder / "clip.mp4")

@@ -6,20 +6,22 @@ but the seconds of the stages costs anything, so what is left of a run's time is
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator
 
-from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
-from avatar_core.stages import registry
-from avatar_core.stages.base import Item, Output, Report
+from avatar_core.backends.base import BACKENDS, Backend
+from avatar_core.media.face import Face
+from avatar_core.stages.audio import AudioStage, Track
+from avatar_core.stages.base import Item, Output, Picture, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, Scale
 from avatar_core.stages.decode import DecodeStage, DecodeStageConfig
+from avatar_core.stages.denoise import DenoiseStage
+from avatar_core.stages.reference import ReferenceStage
 
 BACKENDS["stub"] = "stub_backend:StubBackend"
 
@@ -60,52 +62,72 @@ class StubConfig:
     decode: StubStageConfig = StubStageConfig()
 
 
-class StubBackend:
+class StubBackend(Backend):
     name = "stub"
     label = "stub (renders nothing)"
     config_type = StubConfig
-    guessed_seconds: ClassVar = MappingProxyType(
-        {"audio": 0.05, "reference": 0.3, "denoise": 0.01, "decode": 0.5}
-    )
+    config: StubConfig
     max_speakers = 2
-    text_sees_picture = False
-    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
-    queues: ClassVar = MappingProxyType(
-        {"audio": "cpu", "reference": "cpu", "denoise": "gpu", "decode": "cpu"}
-    )
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def resolve(self) -> "StubBackend":
-        return self
-
-    def weights(self, stage: str, config: Any) -> tuple[str, ...]:
-        return ()
+    renders_on_cpu = True
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         return max(1, round(duration_s * fps))
 
-    def load(self, stage: str, config: Any, device: str, memory: str | None) -> None:
-        return None
-
-    def encode_audio(
-        self,
-        models: None,
-        tracks: Sequence[NDArray[np.float32]],
-        sample_rate: int,
-        fps: float,
-        num_frames: int,
-    ) -> Tensors:
-        self.config.log.call("audio", "-", self.config.audio.seconds)
-        return {"features": tracks[0][:FEATURES].astype(np.float32)}
-
-    def fit_picture(self, picture: Picture, max_side: int, config: Any) -> Any:
+    def fit_picture(self, picture: Picture, max_side: int) -> tuple[Picture, Scale]:
         return picture, (1.0, 1.0)
 
-    def encode_picture(self, models: None, picture: Picture, faces: Any, config: StubStageConfig) -> Tensors:
-        self.config.log.call("reference", "-", config.seconds)
+    def own_stages(self) -> Sequence[BackendStage[Any, Any, Any]]:
+        log = self.config.log
+        return StubAudio(self, log), StubReference(self, log), StubDenoise(self, log), StubDecode(self, log)
+
+
+class StubAudio(AudioStage[StubStageConfig, None]):
+    version = 1
+    guessed_seconds = 0.05
+
+    def __init__(self, backend: StubBackend, log: CallLog) -> None:
+        super().__init__(backend)
+        self._log = log
+
+    def load_models(self, options: StubStageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def encode(
+        self, models: None, tracks: Sequence[Track], fps: float, num_frames: int, options: StubStageConfig
+    ) -> Tensors:
+        self._log.call(self.name, "-", options.seconds)
+        return {"features": tracks[0][:FEATURES].astype(np.float32)}
+
+
+class StubReference(ReferenceStage[StubStageConfig, None]):
+    version = 1
+    guessed_seconds = 0.3
+
+    def __init__(self, backend: StubBackend, log: CallLog) -> None:
+        super().__init__(backend)
+        self._log = log
+
+    def load_models(self, options: StubStageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def encode(
+        self, models: None, picture: Picture, faces: Sequence[Face], options: StubStageConfig
+    ) -> Tensors:
+        self._log.call(self.name, "-", options.seconds)
         return {"features": picture.ravel()[:FEATURES].astype(np.float32)}
+
+
+class StubDenoise(DenoiseStage[StubStageConfig, None]):
+    version = 1
+    device_kind = "gpu"
+    guessed_seconds = 0.01
+
+    def __init__(self, backend: StubBackend, log: CallLog) -> None:
+        super().__init__(backend)
+        self._log = log
+
+    def load_models(self, options: StubStageConfig, device: str, memory: str | None) -> None:
+        return None
 
     def denoise(
         self,
@@ -113,21 +135,36 @@ class StubBackend:
         conditions: Mapping[str, Tensors],
         fps: float,
         seed: int,
-        config: StubStageConfig,
-        report: ReportStep,
+        options: StubStageConfig,
+        report: Report,
         unfinished: Path | None,
     ) -> Tensors:
         features = conditions["audio"]["features"] + conditions["reference"]["features"]
-        self.config.log.call("denoise", str(seed), config.seconds)
+        self._log.call(self.name, str(seed), options.seconds)
         return {"latents": features}
 
 
-class MuxStage(DecodeStage):
+class StubDecode(DecodeStage[StubStageConfig, None]):
+    """Encodes no video."""
+
+    version = 1
+    guessed_seconds = 0.5
+
+    def __init__(self, backend: StubBackend, log: CallLog) -> None:
+        super().__init__(backend)
+        self._log = log
+
+    def load_models(self, options: StubStageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def frames(self, *arguments: Any) -> Iterator[Picture]:
+        raise NotImplementedError
+
     def process(
-        self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report
+        self, item: Item, config: DecodeStageConfig, models: None, scratch: Path, report: Report
     ) -> Output:
         latents = item.inputs["denoise"][0].tensors["latents"]
-        self.backend.config.log.call("decode", item.key, config.backend.seconds)
+        self._log.call(self.name, item.key, config.backend.seconds)
         path = scratch / "clip.mp4"
         path.write_bytes(item.key.encode() + latents.tobytes())
         columns = {
@@ -141,6 +178,3 @@ class MuxStage(DecodeStage):
             "renderer": self.backend.label,
         }
         return Output(columns, file=path)
-
-
-registry.DecodeStage = MuxStage  # type: ignore[attr-defined]

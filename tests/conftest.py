@@ -38,6 +38,12 @@ def own_prefect(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_devices(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests that pretend to have a GPU wait for nobody else who does."""
+    os.environ["AVATAR_LOCK_DIR"] = str(tmp_path_factory.mktemp("devices"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def signals_arrive() -> None:
     """A shell starts what runs beside a script with SIGINT ignored, which every process passes on to those
     that it starts: these would never get what a test sends them."""

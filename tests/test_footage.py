@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avatar_core.backends.base import BACKENDS, Picture, Tensors
+from avatar_core.backends.base import BACKENDS
 from avatar_core.backends.preview.backend import PreviewBackend
+from avatar_core.backends.preview.config import ReferenceConfig
+from avatar_core.backends.preview.stages import PreviewAudio, PreviewDecode, PreviewDenoise, PreviewReference
 from avatar_core.media.face import Face
-from avatar_core.media.footage import Footage
 from avatar_core.media.image import load_image
 from avatar_core.media.video import VideoWriter
 from avatar_core.pipeline import render
 from avatar_core.result import Result
+from avatar_core.stages.base import Picture, Tensors
+from avatar_core.stages.clip_stage import BackendStage
+from avatar_core.stages.decode import FootageDecodeStage
+from avatar_core.stages.reference import FootageReferenceStage
 from tests.sample_rows import (
     PREVIEW_STAGES,
     RunAvatar,
@@ -32,6 +37,31 @@ pytestmark = pytest.mark.timeout(60)
 NUM_FRAMES = 8
 
 
+class FootageReference(PreviewReference, FootageReferenceStage[ReferenceConfig, Path | None]):
+    def encode_footage(
+        self,
+        models: Path | None,
+        frames: Sequence[Picture],
+        faces: Sequence[Face],
+        options: ReferenceConfig,
+    ) -> Tensors:
+        greys = np.array([float(frame[0, 0].mean()) for frame in frames])
+        return {**self.encode(models, frames[0], faces, options), "greys": greys}
+
+
+class FootageDecode(PreviewDecode, FootageDecodeStage[None, None]):
+    def footage_frames(
+        self, models: None, footage: Sequence[Picture], conditions: Mapping[str, Tensors], options: None
+    ) -> Iterator[Picture]:
+        reference = {name: value for name, value in conditions["reference"].items() if name != "greys"}
+        assert len(conditions["reference"]["greys"]) == len(footage)
+        frames = self.frames(models, footage[0], {**conditions, "reference": reference}, options)
+        there_and_back = [*range(len(footage)), *range(len(footage) - 1, -1, -1)]
+        for index, frame in enumerate(frames):
+            source = footage[there_and_back[index % len(there_and_back)]]
+            yield np.concatenate([source[:16], frame[16:]])
+
+
 class FootageBackend(PreviewBackend):
     """Draws the speech of the first frame's face and, in the top row, which frame of the footage is its "
     "source."""
@@ -39,26 +69,8 @@ class FootageBackend(PreviewBackend):
     name = "footage"
     takes_video = True
 
-    def resolve(self) -> "FootageBackend":
-        return FootageBackend(super().resolve().config)
-
-    def encode_video(self, models: Any, frames: Footage, faces: Sequence[Face], config: Any) -> Tensors:
-        greys = np.array([float(frame[0, 0].mean()) for frame in frames])
-        return {**super().encode_picture(models, frames[0], faces, config), "greys": greys}
-
-    def decode(
-        self, models: Any, picture: Any, conditions: Mapping[str, Tensors], config: Any
-    ) -> Iterator[Picture]:
-        if isinstance(picture, np.ndarray):
-            yield from super().decode(models, picture, conditions, config)
-            return
-        reference = {name: value for name, value in conditions["reference"].items() if name != "greys"}
-        assert len(conditions["reference"]["greys"]) == len(picture)
-        frames = super().decode(models, picture[0], {**conditions, "reference": reference}, config)
-        there_and_back = [*range(len(picture)), *range(len(picture) - 1, -1, -1)]
-        for index, frame in enumerate(frames):
-            source = picture[there_and_back[index % len(there_and_back)]]
-            yield np.concatenate([source[:16], frame[16:]])
+    def own_stages(self) -> Sequence[BackendStage[Any, Any, Any]]:
+        return PreviewAudio(self), FootageReference(self), PreviewDenoise(self), FootageDecode(self)
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +202,7 @@ def test_movement_keeps_its_speed(folder: Path, tmp_path: Path) -> None:
 def test_a_backend_may_take_frames_in_turn(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FootageBackend, "frames_in_turn", True, raising=False)
+    monkeypatch.setattr(FootageBackend, "frames_in_turn", True)
     write_footage(tmp_path / "fast.mp4", folder / "portrait.jpg", 16, 50)
     row = {"video": str(tmp_path / "fast.mp4"), "audio": "hello.wav"}
     assert top_rows(rendered(folder, tmp_path / "store", row), 16) == list(range(15))

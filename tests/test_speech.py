@@ -26,9 +26,6 @@ class Alone(PreviewBackend):
 
     max_speakers = 1
 
-    def resolve(self) -> "Alone":
-        return Alone(super().resolve().config)
-
 
 HELLO = "Hola, buenos días."
 DIALOGUE = "(s1) Hola, amigo. (s2) Buenas tardes. (s1) Adiós."

@@ -298,7 +298,7 @@ class BatchRun:
         loads = stage.weights(self._work.example(name).config)
         return StageInfo(
             name,
-            "gpu" if stage.queue == "gpu" else "cpu",
+            stage.device_kind,
             name if loads else "",
             seconds_per_work(self.batch, name),
             stage.max_items,

@@ -30,11 +30,11 @@ class Device:
 
     def of(self, stage: Stage) -> str:
         """As torch calls it."""
-        return "cuda" if self._gpu and stage.queue == "gpu" else "cpu"
+        return "cuda" if self._gpu and stage.device_kind == "gpu" else "cpu"
 
     def take_for(self, stage: Stage, items: Sequence[ItemSpec]) -> str | None:
         """Who else holds the GPU that these items need, None if nobody does."""
-        on_gpu = (self._gpu or self._pretended is not None) and stage.queue == "gpu"
+        on_gpu = (self._gpu or self._pretended is not None) and stage.device_kind == "gpu"
         if not on_gpu or not any(stage.weights(item.config) for item in items):
             return None
         if self._lock is None:

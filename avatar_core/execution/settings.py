@@ -27,9 +27,11 @@ class RunSettings:
 
 def check_gpus(batch: Batch, plan: Mapping[str, StagePlan]) -> None:
     """A model that wants a GPU would take days on a CPU. Raises `ConfigError`."""
+    if batch.backend.renders_on_cpu:
+        return
     runtime = batch.config.runtime
     wanting = [
-        stage for stage, planned in plan.items() if planned.to_do and batch.stages[stage].queue == "gpu"
+        stage for stage, planned in plan.items() if planned.to_do and batch.stages[stage].device_kind == "gpu"
     ]
     if wanting and runtime.gpus == "auto" and not usable_gpus(runtime) and not runtime.pretend:
         raise ConfigError(
@@ -63,6 +65,6 @@ def workers_for(batch: Batch, settings: RunSettings) -> WorkerProcesses:
     to_do = {stage: len(planned.to_do) for stage, planned in batch.plan().items() if stage not in sources}
     if unknown:
         to_do |= {stage: to_do.get(stage, 0) + unknown for stage in batch.stages if stage not in sources}
-    on_gpu = any(count and batch.stages[stage].queue == "gpu" for stage, count in to_do.items())
+    on_gpu = any(count and batch.stages[stage].device_kind == "gpu" for stage, count in to_do.items())
     cpus = min(settings.cpus, max(to_do.values(), default=0))
     return WorkerProcesses(settings.gpus if on_gpu else (), settings.pretend, cpus, settings.idle_s)

@@ -18,8 +18,8 @@ from avatar_core.backends.base import create_backend
 from avatar_core.errors import AvatarError, Cancelled
 from avatar_core.execution.device import Device
 from avatar_core.execution.shard import AUTO, Rows, run_shard
+from avatar_core.planning.stages import create_stages
 from avatar_core.stages.base import ItemSpec, Stage
-from avatar_core.stages.registry import create_stages
 from avatar_core.store.keys import new_id
 from avatar_core.store.storage import Storage
 

@@ -20,9 +20,9 @@ from avatar_core.planning.clip_names import clip_names, slug
 from avatar_core.planning.clips import Clips
 from avatar_core.planning.plan import Outlook, StagePlan, make_plan, outlook, plan_sources
 from avatar_core.planning.sources import Sources
+from avatar_core.planning.stages import create_stages
 from avatar_core.progress import Observer, Silent
 from avatar_core.stages.base import Stage
-from avatar_core.stages.registry import create_stages
 from avatar_core.store.catalog import OK, drop, load_catalog, load_catalogs
 from avatar_core.store.results import StageResults
 from avatar_core.store.storage import Storage
@@ -126,7 +126,7 @@ def open_batch(config: Config | Mapping[str, Any], observer: Observer | None = N
     stages = create_stages(backend)
     results = {stage: StageResults(known) for stage, known in load_catalogs(storage, stages).items()}
     sources = Sources(rows, config, results)
-    clips = Clips(ClipBuilder(config, backend, stages, sources), rows, names)
+    clips = Clips(ClipBuilder(config, backend, sources), rows, names)
     planned = np.zeros(len(rows), bool)
     batch = Batch(config, batch_name(config), storage, backend, stages, results, sources, clips, planned)
     batch.grow(observer)

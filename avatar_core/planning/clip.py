@@ -7,9 +7,6 @@ from typing import Any
 from avatar_core.media.table import TableRow
 from avatar_core.stages.base import Asset, ItemSpec
 
-STAGES = ("face", "audio", "text", "reference", "denoise", "decode")
-"""Stages after ingest, in the order in which they run; a backend may leave `text` out."""
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -22,8 +19,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One video to be. `items` is empty for a rejected row, whose reason is in `error`. Where the backend
-    works in `windows`, `items["denoise"]` is the last of them."""
+    """One video to be. `items` are by stage, in running order, and empty for a rejected row, whose reason is
+    in `error`. Of a chained stage `windows` has all of the clip, and `items` the last of them."""
 
     row: TableRow
     name: str
@@ -32,10 +29,8 @@ class Clip:
     seed: int | None = None
     items: Mapping[str, ItemSpec] = field(default_factory=dict)
     error: str | None = None
-    windows: tuple[ItemSpec, ...] = ()
+    windows: Mapping[str, tuple[ItemSpec, ...]] = field(default_factory=dict)
 
     def of_stage(self, stage: str) -> tuple[ItemSpec, ...]:
         """Its items of a stage, in order."""
-        if stage == "denoise" and self.windows:
-            return self.windows
-        return (self.items[stage],) if stage in self.items else ()
+        return self.windows.get(stage) or (self.items[stage],)

@@ -36,7 +36,7 @@ class Clips(Sequence[Clip]):
         self.rejected: dict[int, str] = {}  # reasons by clip
         self._nth: NDArray[np.intc] = np.empty(0, np.intc)  # among the clips of its row
         self._split: NDArray[np.bool_] = np.empty(0, bool)  # whether the row has several parts
-        self._entries = {stage: Entries() for stage in builder.clip_stages}
+        self._entries = {stage: Entries() for stage in builder.stages}
         self.stages = {stage: stage_items(entries) for stage, entries in self._entries.items()}
 
     def add(self, positions: Iterable[int]) -> None:
@@ -53,7 +53,7 @@ class Clips(Sequence[Clip]):
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
                 for stage, new in entries.items():
-                    new.add([(item.key, item.work) for item in clip.of_stage(stage)])
+                    new.add([(item.key, item.work) for item in clip.of_stage(stage)] if clip.items else [])
         rejected = [*map(self.rejected.get, range(len(self))), *errors]
         before = (self.position, self.take, self.part, self.seed, self._nth, self._split)
         joined = [
@@ -102,27 +102,24 @@ class Clips(Sequence[Clip]):
         return np.append(items.keys, np.zeros(1, KEY))[items.of_clip]
 
     def hex_keys(self, stage: str, start: int = 0, stop: int | None = None) -> list[str | None]:
-        """The same as text for the clips from `start` to before `stop`, None where the row is rejected or
-        the backend has no such stage."""
-        if stage not in self.stages:
-            return [None] * len(range(*slice(start, stop).indices(len(self))))
+        """The same as text for the clips from `start` to before `stop`, None where the row is rejected."""
         items = self.stages[stage]
         of_clip = items.of_clip[start:stop]
         text = items.keys[of_clip[of_clip >= 0]].tobytes().hex()
         keys = (text[at : at + 64] for at in range(0, len(text), 64))
         return [next(keys) if known else None for known in (of_clip >= 0).tolist()]
 
-    def window_keys(self, start: int, stop: int) -> list[list[str] | None]:
+    def window_keys(self, stage: str, start: int, stop: int) -> list[list[str] | None]:
         """The keys of all windows of the clips from `start` to before `stop`, None where the row is
         rejected."""
-        return [[item.key for item in clip.windows] or None for clip in self[start:stop]]
+        return [[item.key for item in clip.windows.get(stage, ())] or None for clip in self[start:stop]]
 
     def name_of_item(self, stage: str, key: str) -> str:
         """The name of the first clip that needs an item, with the window that it is, if of several."""
         items = self.stages[stage]
         item = np.searchsorted(items.keys, np.array(bytes.fromhex(key), KEY))
         clip = int(items.first[item])
-        count = len(self[clip].windows) if items.chain else 0
+        count = len(self[clip].windows[stage]) if items.chain else 0
         if not items.chain or count < 2:
             return self.name(clip)
         return f"{self.name(clip)}, window {items.chain.window[item] + 1} of {count}"

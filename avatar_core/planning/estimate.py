@@ -7,8 +7,6 @@ import pyarrow.compute as pc
 from avatar_core.planning.batch import Batch
 from avatar_core.store.catalog import Catalog
 
-_FACE_SECONDS = 0.3
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -32,7 +30,7 @@ def estimate(batch: Batch) -> dict[str, Estimate]:
 def seconds_per_work(batch: Batch, stage: str) -> float:
     """Measured in this store, else guessed: sizes shards, and is never shown."""
     measured = measured_rate(batch.results[stage].catalog, "seconds")
-    return measured or batch.backend.guessed_seconds.get(stage, _FACE_SECONDS)
+    return measured or batch.stages[stage].guessed_seconds
 
 
 def measured_rate(catalog: Catalog, column: str) -> float | None:

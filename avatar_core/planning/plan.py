@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avatar_core.errors import InputError
-from avatar_core.planning.clip import STAGES, Clip
+from avatar_core.planning.clip import Clip
 from avatar_core.planning.clip_items import StageItems
 from avatar_core.planning.clips import Clips
 from avatar_core.planning.sources import SourceItems, Sources
@@ -45,7 +45,7 @@ class Items(Sequence[ItemSpec]):
             return Items(self._clips, self._stage, self._numbers[index])
         items, number = self._clips.stages[self._stage], self._numbers[index]
         clip = self._clips[int(items.first[number])]
-        return clip.windows[items.chain.window[number]] if items.chain else clip.items[self._stage]
+        return clip.of_stage(self._stage)[items.chain.window[number] if items.chain else 0]
 
     @property
     def work(self) -> NDArray[np.float64]:
@@ -210,7 +210,7 @@ def first_failure(
         return Failure("ingest", InputError.__name__, clip.error)
     if results["decode"].has(clip.items["decode"].key):
         return None
-    for stage in STAGES:
+    for stage in clip.items:
         for item in clip.of_stage(stage):
             row = results[stage].failure(item.key)
             if row is not None and not (lasting and row["retryable"]):

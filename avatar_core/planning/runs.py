@@ -16,7 +16,6 @@ from avatar_core.config import Config, nearest, to_dict
 from avatar_core.errors import StoreError
 from avatar_core.media.cells import as_text
 from avatar_core.media.table import TableRows
-from avatar_core.planning.clip import STAGES
 from avatar_core.planning.clip_names import slug
 from avatar_core.planning.clips import Clips
 from avatar_core.store.storage import Storage
@@ -33,13 +32,13 @@ _PLAN = pa.schema(
         "part": pa.int64(),
         "seed": pa.int64(),
         "error": pa.string(),
-        **{f"{stage}_key": pa.string() for stage in STAGES},
     }
 )
+"""The keys of each stage of the run's backend follow, in running order."""
 
-
-_WINDOWS = pa.field("window_keys", pa.list_(pa.string()))
-"""In the plan of a backend that works in windows: all of the clip, of which `denoise_key` is the last."""
+_KEY, _WINDOWS = "_key", "_window_keys"
+"""After a stage's name: the key of the clip's item, and for a chained stage those of all windows of the clip,
+of which it is the last."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +113,24 @@ def started_at(run_id: str) -> datetime:
 
 
 def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
-    """A row per clip with the keys of its items, which `stage_keys` gives; no row for a run that ended before
-    its clips were known."""
+    """A row per clip with the keys of its items, which `stage_keys` gives for each of its `plan_stages`; no
+    row for a run that ended before its clips were known."""
     path = f"runs/{run_id}/plan.parquet"
     if not storage.exists(path):
         return pd.DataFrame(_for_pandas(_PLAN, seed="Int64").empty_table().to_pandas())
     return pd.read_parquet(io.BytesIO(storage.read_bytes(path)))
 
 
+def plan_stages(clips: pd.DataFrame) -> list[str]:
+    """The stages of a plan after ingest, in running order."""
+    return [column.removesuffix(_KEY) for column in map(str, clips) if column.endswith(_KEY)]
+
+
 def stage_keys(clips: pd.DataFrame, stage: str) -> pd.Series:
     """The keys of the clips' items of a stage, under the clip's label: several for a clip of several windows,
-    none where the row was rejected or there is no such stage."""
-    if stage == "denoise" and _WINDOWS.name in clips:
-        keys: pd.Series = clips[_WINDOWS.name].explode()
-    else:
-        keys = clips[f"{stage}_key"]
+    none where the row was rejected."""
+    windows = f"{stage}{_WINDOWS}"
+    keys: pd.Series = clips[windows].explode() if windows in clips else clips[f"{stage}{_KEY}"]
     return keys.dropna()
 
 
@@ -148,7 +150,13 @@ def _rows(rows: TableRows, start: int, stop: int) -> pa.Table:
 
 
 def _plan_schema(clips: Clips) -> pa.Schema:
-    return _PLAN.append(_WINDOWS) if clips.stages["denoise"].chain else _PLAN
+    keys = {f"{stage}{_KEY}": pa.string() for stage in clips.stages}
+    windows = {f"{stage}{_WINDOWS}": pa.list_(pa.string()) for stage in _chained(clips)}
+    return pa.schema([*_PLAN, *pa.schema(keys | windows)])
+
+
+def _chained(clips: Clips) -> list[str]:
+    return [stage for stage, items in clips.stages.items() if items.chain]
 
 
 def _plan(clips: Clips, schema: pa.Schema, start: int, stop: int) -> pa.Table:
@@ -160,8 +168,8 @@ def _plan(clips: Clips, schema: pa.Schema, start: int, stop: int) -> pa.Table:
         clips.part[start:stop],
         [None if i in clips.rejected else int(clips.seed[i]) for i in indices],
         [clips.rejected.get(i) for i in indices],
-        *(clips.hex_keys(stage, start, stop) for stage in STAGES),
-        *([clips.window_keys(start, stop)] if _WINDOWS.name in schema.names else []),
+        *(clips.hex_keys(stage, start, stop) for stage in clips.stages),
+        *(clips.window_keys(stage, start, stop) for stage in _chained(clips)),
     ]
     return pa.table(columns, schema)
 

@@ -1,36 +1,30 @@
 """Audio: the recordings of a clip, decoded and turned into the features that the backend wants."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from avatar_core.config import AudioConfig
 from avatar_core.errors import InputError, about
 from avatar_core.media.audio import loudness_db, mono_and_stereo_db
 from avatar_core.media.speakers import speaker_tracks
-from avatar_core.stages.base import BackendStage, Item, Output, Report
+from avatar_core.stages.base import Asset, Item, Output, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT
+from avatar_core.stages.subject import Segment, Subject
 
 SAMPLE_RATE = 16_000
 
 _FAINT_DB = 20  # so little above silence, a recording may be what two channels leave of each other
 _CANCELLED_DB = 20  # so much softer than one side, a mono mix has lost what is said
 
-Combination = Literal["para", "add", "turns"] | None
-"""Two speakers at the same time (`para`), one after the other (`add`), or in recordings that run at the same
-time and of which only one holds speech at once (`turns`)."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Which stretch of the recordings a clip is; `duration_s` is the exact length of the clip."""
-
-    duration_s: float
-    start_s: float = 0.0
-    combine: Combination = None
+Track = NDArray[np.float32]
+"""One speaker's mono recording, shape (samples,)."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,9 @@ class AudioStageConfig:
     backend: Any = None
 
 
-class AudioStage(BackendStage):
+class AudioStage(BackendStage[AudioStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "audio"
+    facts = ("batch", "options", "recordings", "segment", "fps")
     columns = pa.schema(
         {
             "num_frames": pa.int64(),
@@ -52,8 +47,25 @@ class AudioStage(BackendStage):
         }
     )
 
+    @abstractmethod
+    def encode(
+        self, models: ModelsT, tracks: Sequence[Track], fps: float, num_frames: int, options: OptionsT
+    ) -> Tensors:
+        """Features of a clip's speech; `tracks` are of one speaker each, equally long, at `SAMPLE_RATE`."""
+        ...
+
+    def configure(self, subject: Subject) -> AudioStageConfig:
+        options = subject.options.by_stage.get(self.name)
+        return AudioStageConfig(subject.segment, subject.fps, subject.batch.audio.silence_db, options)
+
+    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
+        return {"audio": subject.recordings}
+
+    def work(self, subject: Subject) -> float:
+        return subject.segment.duration_s
+
     def process(
-        self, item: Item, config: AudioStageConfig, models: Any, scratch: Path, report: Report
+        self, item: Item, config: AudioStageConfig, models: ModelsT, scratch: Path, report: Report
     ) -> Output:
         segment = config.segment
         with about("recording"):
@@ -77,7 +89,7 @@ class AudioStage(BackendStage):
                 "speakers": len(tracks),
                 "loudness_db": loudness,
             },
-            self.backend.encode_audio(models, tracks, SAMPLE_RATE, config.fps, num_frames),
+            self.encode(models, tracks, config.fps, num_frames, config.backend),
         )
 
 
@@ -91,7 +103,7 @@ def _check_polarity(path: Path, silence_db: float) -> None:
         )
 
 
-def read_tracks(paths: Sequence[Path], segment: Segment) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+def read_tracks(paths: Sequence[Path], segment: Segment) -> list[Track]:
     """One mono recording per speaker at `SAMPLE_RATE`, equally long."""
     return speaker_tracks(
         paths, segment.combine, SAMPLE_RATE, start_s=segment.start_s, duration_s=segment.duration_s

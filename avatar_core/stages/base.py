@@ -8,14 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from avatar_core.backends.base import Backend
-
+Picture = NDArray[np.uint8]
+"""RGB, shape (height, width, 3)."""
 Tensors = Mapping[str, NDArray[Any]]
+
+DeviceKind = Literal["cpu", "gpu"]
 
 Report = Callable[[int, int], None]
 """`report(done, total)` within one item: shows progress, raises `Cancelled` once the user stopped."""
@@ -75,18 +78,21 @@ class Item:
 class Stage(ABC):
     """`version` is raised whenever the output changes for the same input.
 
-    `columns` are the stage's own manifest columns; `folder` is where result files go, `stages/<name>/data`
-    if None. A shard holds no more than `max_items`, of which `concurrency` are worked on at once, in threads,
-    where the store or their source is remote: they should wait for it rather than compute.
+    `device_kind` says on whose workers its shards wait. `columns` are the stage's own manifest columns;
+    `folder` is where result files go, `stages/<name>/data` if None. A shard holds no more than `max_items`,
+    of which `concurrency` are worked on at once, in threads, where the store or their source is remote: they
+    should wait for it rather than compute. `guessed_seconds` per unit of work hold until a store has measured
+    them: they size shards.
     """
 
     name: str
     version: int
-    queue: str = "cpu"
+    device_kind: DeviceKind = "cpu"
     columns: pa.Schema
     folder: str | None = None
     max_items: int = 256
     concurrency: int = 1
+    guessed_seconds: float = 1.0
 
     def weights(self, config: Any) -> tuple[str, ...]:
         """Registry names of the weights that `load` reads; they are part of the item's key."""
@@ -102,22 +108,3 @@ class Stage(ABC):
 
     @abstractmethod
     def process(self, item: Item, config: Any, models: Any, scratch: Path, report: Report) -> Output: ...
-
-
-class BackendStage(Stage):
-    """A stage whose work is the backend's."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.version = backend.versions[self.name]
-        self.queue = backend.queues[self.name]
-
-    def weights(self, config: Any) -> tuple[str, ...]:
-        return self.backend.weights(self.name, config.backend)
-
-    def memory_levels(self, device: str) -> tuple[str, ...]:
-        levels = getattr(self.backend, "memory_levels", None)
-        return levels(self.name, device) if levels else ()
-
-    def load(self, config: Any, device: str, memory: str | None) -> Any:
-        return self.backend.load(self.name, config.backend, device, memory)

@@ -1,20 +1,21 @@
 """Decode: frames of a clip, encoded to MP4 with the sound of its recordings while they are made."""
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import pyarrow as pa
 
-from avatar_core.backends.base import Picture, WindowedBackend
 from avatar_core.media.speakers import mix_blocks
 from avatar_core.media.video import Sound, VideoWriter
-from avatar_core.stages.audio import Segment
-from avatar_core.stages.base import BackendStage, Item, Output, Report
+from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT, tensors_of
 from avatar_core.stages.reference import load_fitted, open_fitted
+from avatar_core.stages.subject import Segment, Subject, picture_assets
 from avatar_core.store.keys import config_values, digest
 
 
@@ -31,8 +32,10 @@ class DecodeStageConfig:
     backend: Any = None
 
 
-class DecodeStage(BackendStage):
+class _DecodeStage(BackendStage[DecodeStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "decode"
+    inputs: tuple[str, ...] = ("reference", "denoise")
+    facts = ("batch", "options", "picture", "footage", "recordings", "sound", "segment", "fps")
     columns = pa.schema(
         {
             "num_frames": pa.int64(),
@@ -46,18 +49,40 @@ class DecodeStage(BackendStage):
         }
     )
 
+    @abstractmethod
+    def open_frames(
+        self, item: Item, config: DecodeStageConfig, models: ModelsT, opened: ExitStack
+    ) -> Iterator[Picture]:
+        """Frames of the clip, one by one, so that memory does not grow with its length; those beyond the
+        length of the speech are not asked for. `opened` closes what they are read from."""
+        ...
+
+    def configure(self, subject: Subject) -> DecodeStageConfig:
+        video = subject.batch.video
+        return DecodeStageConfig(
+            segment=subject.segment,
+            fps=subject.fps,
+            max_side=video.max_side,
+            sample_rate=subject.sound.sample_rate,
+            channels=subject.sound.channels,
+            num_frames=self.backend.num_frames(subject.segment.duration_s, subject.fps),
+            crf=video.crf,
+            x264_preset=video.x264_preset,
+            backend=subject.options.by_stage.get(self.name),
+        )
+
+    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
+        return {**picture_assets(subject), "audio": subject.recordings}
+
+    def work(self, subject: Subject) -> float:
+        return subject.segment.duration_s
+
     def process(
-        self, item: Item, config: DecodeStageConfig, models: Any, scratch: Path, report: Report
+        self, item: Item, config: DecodeStageConfig, models: ModelsT, scratch: Path, report: Report
     ) -> Output:
-        picture, _ = load_fitted(self.backend, item, config.max_side, config.backend)
         path = scratch / "clip.mp4"
         with ExitStack() as opened:
-            source: Any = picture
-            if "video" in item.assets:
-                source = opened.enter_context(
-                    open_fitted(self.backend, item, config.max_side, config.fps, config.backend)
-                )
-            frames = self._frames(models, source, item, config)
+            frames = self.open_frames(item, config, models, opened)
             first = next(frames)
             height, width = first.shape[:2]
             writer = opened.enter_context(self._writer(path, item, config, width, height))
@@ -77,14 +102,6 @@ class DecodeStage(BackendStage):
             },
             file=path,
         )
-
-    def _frames(self, models: Any, picture: Any, item: Item, config: DecodeStageConfig) -> Iterator[Picture]:
-        conditions = {stage: outputs[0].tensors for stage, outputs in item.inputs.items()}
-        if isinstance(self.backend, WindowedBackend):
-            del conditions["denoise"]
-            windows = [output.tensors for output in item.inputs["denoise"]]
-            return self.backend.decode_windows(models, picture, conditions, windows, config.backend)
-        return self.backend.decode(models, picture, conditions, config.backend)
 
     def _writer(
         self, path: Path, item: Item, config: DecodeStageConfig, width: int, height: int
@@ -117,3 +134,59 @@ class DecodeStage(BackendStage):
             "clip_key": item.key,
             "config_digest": digest(config_values(config)),
         }
+
+
+class DecodeStage(_DecodeStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    @abstractmethod
+    def frames(
+        self, models: ModelsT, picture: Picture, conditions: Mapping[str, Tensors], options: OptionsT
+    ) -> Iterator[Picture]:
+        """Frames of a clip, one by one."""
+        ...
+
+    def open_frames(
+        self, item: Item, config: DecodeStageConfig, models: ModelsT, opened: ExitStack
+    ) -> Iterator[Picture]:
+        picture, _ = load_fitted(self.backend, item, config.max_side)
+        return self.frames(models, picture, tensors_of(item, self.inputs), config.backend)
+
+
+class FootageDecodeStage(DecodeStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    """Takes footage too."""
+
+    @abstractmethod
+    def footage_frames(
+        self,
+        models: ModelsT,
+        footage: Sequence[Picture],
+        conditions: Mapping[str, Tensors],
+        options: OptionsT,
+    ) -> Iterator[Picture]:
+        """The same from footage, whose frames may be read in order or by index."""
+        ...
+
+    def open_frames(
+        self, item: Item, config: DecodeStageConfig, models: ModelsT, opened: ExitStack
+    ) -> Iterator[Picture]:
+        if "video" not in item.assets:
+            return super().open_frames(item, config, models, opened)
+        footage = opened.enter_context(open_fitted(self.backend, item, config.max_side, config.fps))
+        return self.footage_frames(models, footage, tensors_of(item, self.inputs), config.backend)
+
+
+class ChainedDecodeStage(_DecodeStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    """Of a clip that was denoised in windows."""
+
+    @abstractmethod
+    def frames(
+        self, models: ModelsT, picture: Picture, windows: Sequence[Tensors], options: OptionsT
+    ) -> Iterator[Picture]:
+        """Frames of a clip from all its windows, one by one; each tensor is read anew when asked for."""
+        ...
+
+    def open_frames(
+        self, item: Item, config: DecodeStageConfig, models: ModelsT, opened: ExitStack
+    ) -> Iterator[Picture]:
+        picture, _ = load_fitted(self.backend, item, config.max_side)
+        windows = [output.tensors for output in item.inputs["denoise"]]
+        return self.frames(models, picture, windows, config.backend)

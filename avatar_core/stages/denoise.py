@@ -4,16 +4,23 @@ A backend may cut a clip into windows that continue each other. Each is then an 
 and SHA-256 which result it went on from: only windows that belong together make a video.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import pyarrow as pa
 
-from avatar_core.backends.base import Backend, Tensors, WindowedBackend
-from avatar_core.stages.base import BackendStage, Item, Output, Report
+from avatar_core.stages.base import Item, Output, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT, tensors_of
+from avatar_core.stages.subject import Subject
 from avatar_core.store.catalog import CHAIN_SCHEMA
+
+_COLUMNS = pa.schema({"seed": pa.int64()})
+
+Conditions = Mapping[str, Tensors]
+"""Tensors of the stages that a clip stands on, by stage."""
 
 
 @dataclass(frozen=True)
@@ -27,42 +34,84 @@ class DenoiseStageConfig:
     window: int = field(default=0, compare=False, metadata={"execution": True})
 
 
-class DenoiseStage(BackendStage):
+class _DenoiseStage(BackendStage[DenoiseStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "denoise"
-    columns = pa.schema({"seed": pa.int64()})
+    inputs: tuple[str, ...] = ("audio", "reference")
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        if isinstance(backend, WindowedBackend):
-            self.columns = pa.schema([*self.columns, *CHAIN_SCHEMA])
-            self.max_items = 1  # each window is committed on its own
+    def work(self, subject: Subject) -> float:
+        return subject.segment.duration_s
+
+
+class DenoiseStage(_DenoiseStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    facts = ("options", "segment", "fps", "seed")
+    columns = _COLUMNS
+
+    @abstractmethod
+    def denoise(
+        self,
+        models: ModelsT,
+        conditions: Conditions,
+        fps: float,
+        seed: int,
+        options: OptionsT,
+        report: Report,
+        unfinished: Path | None,
+    ) -> Tensors:
+        """Latents of a clip. `unfinished` is a file for a state from which a killed clip goes on with the
+        same result."""
+        ...
+
+    def configure(self, subject: Subject) -> DenoiseStageConfig:
+        return DenoiseStageConfig(subject.fps, subject.options.by_stage.get(self.name), subject.seed)
 
     def process(
-        self, item: Item, config: DenoiseStageConfig, models: Any, scratch: Path, report: Report
+        self, item: Item, config: DenoiseStageConfig, models: ModelsT, scratch: Path, report: Report
     ) -> Output:
-        conditions = {
-            stage: outputs[0].tensors for stage, outputs in item.inputs.items() if stage != self.name
-        }
-        if isinstance(self.backend, WindowedBackend):
-            return self._window(self.backend, item, conditions, config, models, report)
-        latents = self.backend.denoise(
-            models, conditions, config.fps, config.seed, config.backend, report, item.unfinished
+        given = tensors_of(item, self.inputs)
+        latents = self.denoise(
+            models, given, config.fps, config.seed, config.backend, report, item.unfinished
         )
         return Output({"seed": config.seed}, latents)
 
-    def _window(
+
+class ChainedDenoiseStage(_DenoiseStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    """Each window of a clip is an item of its own, and a clip goes on from the last one that was finished."""
+
+    facts = ("options", "segment", "fps", "seed", "window")
+    columns = pa.schema([*_COLUMNS, *CHAIN_SCHEMA])
+    max_items = 1  # each window is committed on its own
+    chained = True
+
+    @abstractmethod
+    def num_windows(self, subject: Subject) -> int: ...
+
+    @abstractmethod
+    def denoise_window(
         self,
-        backend: WindowedBackend,
-        item: Item,
-        conditions: Mapping[str, Tensors],
-        config: DenoiseStageConfig,
-        models: Any,
+        models: ModelsT,
+        conditions: Conditions,
+        fps: float,
+        seed: int,
+        options: OptionsT,
         report: Report,
+        window: int,
+        previous: Tensors | None,
+    ) -> Tensors:
+        """Latents of a window, and whatever the next one needs to go on. `seed` is the clip's; `previous` is
+        what this gave for `window` - 1, None for the first."""
+        ...
+
+    def configure(self, subject: Subject) -> DenoiseStageConfig:
+        options = subject.options.by_stage.get(self.name)
+        return DenoiseStageConfig(subject.fps, options, subject.seed, subject.window)
+
+    def process(
+        self, item: Item, config: DenoiseStageConfig, models: ModelsT, scratch: Path, report: Report
     ) -> Output:
         (previous,) = item.inputs.get(self.name, (None,))
-        latents = backend.denoise_window(
+        latents = self.denoise_window(
             models,
-            conditions,
+            tensors_of(item, self.inputs),
             config.fps,
             config.seed,
             config.backend,

@@ -66,6 +66,7 @@ class IngestStage(Stage):
     name = "ingest"
     version = 2
     concurrency = 16
+    guessed_seconds = 0.05
     folder = "assets"
     columns = pa.schema(
         {

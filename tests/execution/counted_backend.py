@@ -7,14 +7,19 @@ in each job, and unpickling that imports this module: so children know the backe
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator
 
-from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
+from avatar_core.backends.base import BACKENDS, Backend
+from avatar_core.media.face import Face
+from avatar_core.stages.audio import AudioStage, Track
+from avatar_core.stages.base import Picture, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, Scale
+from avatar_core.stages.decode import DecodeStage
+from avatar_core.stages.denoise import DenoiseStage
+from avatar_core.stages.reference import ReferenceStage
 
 STEPS = 4
 
@@ -41,50 +46,55 @@ class CountedConfig:
     decode: StageConfig = StageConfig()
 
 
-class CountedBackend:
+class CountedBackend(Backend):
     name = "counted"
     label = "counted"
-    config_type = CountedConfig
-    guessed_seconds: ClassVar = MappingProxyType(
-        {"audio": 0.05, "reference": 0.3, "denoise": 0.01, "decode": 0.5}
-    )
+    config_type: type = CountedConfig
+    config: CountedConfig
     max_speakers = 2
-    text_sees_picture = False
-    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
-    queues: ClassVar = MappingProxyType(
-        {"audio": "cpu", "reference": "cpu", "denoise": "gpu", "decode": "cpu"}
-    )
-
-    def __init__(self, config: CountedConfig) -> None:
-        self.config = config
-
-    def resolve(self) -> "CountedBackend":
-        return self
-
-    def weights(self, stage: str, config: StageConfig) -> tuple[str, ...]:
-        return ()
-
-    def fit_picture(self, picture: Picture, max_side: int, config: Any) -> Any:
-        return picture, (1.0, 1.0)
+    renders_on_cpu = True
 
     def num_frames(self, duration_s: float, fps: float) -> int:
         return max(1, round(duration_s * fps))
 
-    def load(self, stage: str, config: StageConfig, device: str, memory: str | None) -> None:
+    def fit_picture(self, picture: Picture, max_side: int) -> tuple[Picture, Scale]:
+        return picture, (1.0, 1.0)
+
+    def own_stages(self) -> Sequence[BackendStage[Any, Any, Any]]:
+        return CountedAudio(self), CountedReference(self), CountedDenoise(self), CountedDecode(self)
+
+
+class CountedAudio(AudioStage[StageConfig, None]):
+    version = 1
+    guessed_seconds = 0.05
+
+    def load_models(self, options: StageConfig, device: str, memory: str | None) -> None:
         return None
 
-    def encode_audio(
-        self,
-        models: None,
-        tracks: Sequence[NDArray[np.float32]],
-        sample_rate: int,
-        fps: float,
-        num_frames: int,
+    def encode(
+        self, models: None, tracks: Sequence[Track], fps: float, num_frames: int, options: StageConfig
     ) -> Tensors:
         return {"volume": np.array([np.abs(part).mean() for part in np.array_split(tracks[0], num_frames)])}
 
-    def encode_picture(self, models: None, picture: Picture, faces: Any, config: StageConfig) -> Tensors:
+
+class CountedReference(ReferenceStage[StageConfig, None]):
+    version = 1
+    guessed_seconds = 0.3
+
+    def load_models(self, options: StageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def encode(self, models: None, picture: Picture, faces: Sequence[Face], options: StageConfig) -> Tensors:
         return {"shade": picture.mean((0, 1)).astype(np.float32)}
+
+
+class CountedDenoise(DenoiseStage[StageConfig, None]):
+    version = 1
+    device_kind = "gpu"
+    guessed_seconds = 0.01
+
+    def load_models(self, options: StageConfig, device: str, memory: str | None) -> None:
+        return None
 
     def denoise(
         self,
@@ -92,8 +102,8 @@ class CountedBackend:
         conditions: Mapping[str, Tensors],
         fps: float,
         seed: int,
-        config: StageConfig,
-        report: ReportStep,
+        options: StageConfig,
+        report: Report,
         unfinished: Path | None,
     ) -> Tensors:
         for step in range(STEPS):
@@ -102,8 +112,16 @@ class CountedBackend:
         noise = np.random.default_rng(seed).random((len(volume), 1))
         return {"latents": volume[:, None] + noise + conditions["reference"]["shade"] / 255}
 
-    def decode(
-        self, models: None, picture: Picture, conditions: Mapping[str, Tensors], config: StageConfig
+
+class CountedDecode(DecodeStage[StageConfig, None]):
+    version = 1
+    guessed_seconds = 0.5
+
+    def load_models(self, options: StageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def frames(
+        self, models: None, picture: Picture, conditions: Mapping[str, Tensors], options: StageConfig
     ) -> Iterator[Picture]:
         for shade in conditions["denoise"]["latents"]:
             yield (picture * (shade / 3).clip(0, 1)).astype(np.uint8)

@@ -146,7 +146,7 @@ def test_items_wait_for_what_they_consume(rendered: Rendered, tmp_path: Path) ->
 @pytest.mark.drill
 def test_gpu_stages_go_to_gpu_queues(threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path) -> None:
     batch = opened(rendered, tmp_path, runtime={"gpus": [0, 1], "pretend": True})
-    batch.stages["denoise"].queue = "gpu"
+    batch.stages["denoise"].device_kind = "gpu"
     with WorkerProcesses(gpus=[0, 1], pretend=True, cpus=1) as queues:
         run = Run(threads, queues)
         result = run(batch)

@@ -31,7 +31,7 @@ from avatar_core.store.catalog import load_catalog
 from avatar_core.store.claims import Claims
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.storage import Storage
-from tests.execution.windowed_backend import WindowedBackend
+from tests.execution.windowed_backend import WindowedDenoise
 from tests.sample_rows import Watcher, attempts, flip_byte, open_known, videos, write_recording, write_table
 from tests.watch import Watch
 
@@ -138,8 +138,10 @@ def expect_one_attempt(store: Path, result: Result) -> None:
     """What counts for each window continues what counts for the one before."""
     catalog = load_catalog(Storage(str(store)), "denoise")
     plan = read_plan(Storage(str(store)), result.run_id)
-    assert {name: len(keys) for name, keys in zip(plan["name"], plan["window_keys"], strict=True)} == WINDOWS
-    for keys in plan["window_keys"]:
+    assert {
+        name: len(keys) for name, keys in zip(plan["name"], plan["denoise_window_keys"], strict=True)
+    } == WINDOWS
+    for keys in plan["denoise_window_keys"]:
         rows = catalog.select(keys).to_pylist()
         assert [row["window"] for row in rows] == list(range(len(rows)))
         assert [row["previous_sha256"] for row in rows] == [None, *(row["sha256"] for row in rows[:-1])]
@@ -157,7 +159,7 @@ def window_keys(store: Path) -> dict[str, list[str]]:
     storage = Storage(str(store))
     run = read_status(storage, "batch").summary
     plan = read_plan(storage, run.id)
-    return {name: list(keys) for name, keys in zip(plan["name"], plan["window_keys"], strict=True)}
+    return {name: list(keys) for name, keys in zip(plan["name"], plan["denoise_window_keys"], strict=True)}
 
 
 # --- whole runs
@@ -201,16 +203,16 @@ def test_a_window_knows_what_it_continues_and_not_how_many_there_are(
         return batch.clips, batch.clips[0]
 
     clips, clip = long_clip()
-    keys = [item.key for item in clip.windows]
+    keys = [item.key for item in clip.windows["denoise"]]
     assert len(set(keys)) == 3
-    assert [item.inputs.get("denoise") for item in clip.windows] == [None, (keys[0],), (keys[1],)]
+    assert [item.inputs.get("denoise") for item in clip.windows["denoise"]] == [None, (keys[0],), (keys[1],)]
     assert clip.items["denoise"].key == keys[-1]
     assert clip.items["decode"].inputs["denoise"] == tuple(keys)
-    assert sum(item.work for item in clip.windows) == pytest.approx(0.6, abs=1e-3)
+    assert sum(item.work for item in clip.windows["denoise"]) == pytest.approx(0.6, abs=1e-3)
     assert clips.name_of_item("denoise", keys[1]) == "long, window 2 of 3"
     assert clips.name_of_item("decode", clip.items["decode"].key) == "long"
-    monkeypatch.setattr(WindowedBackend, "num_windows", lambda self, duration_s, fps: 4)
-    assert [item.key for item in long_clip()[1].windows][:3] == keys
+    monkeypatch.setattr(WindowedDenoise, "num_windows", lambda self, subject: 4)
+    assert [item.key for item in long_clip()[1].windows["denoise"]][:3] == keys
 
 
 def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
@@ -218,7 +220,7 @@ def test_the_plan_counts_windows(values: Make, tmp_path: Path) -> None:
     denoise = batch.plan()["denoise"]
     assert (denoise.items, denoise.cached, len(denoise.to_do)) == (6, 0, 6)
     assert denoise.to_do.work.sum() == pytest.approx(sum(DURATIONS_S.values()), abs=1e-3)
-    keys = [item.key for clip in batch.clips for item in clip.windows]
+    keys = [item.key for clip in batch.clips for item in clip.windows["denoise"]]
     assert [item.key for item in denoise.to_do] == keys
     for key in (keys[0], keys[1]):  # of `short` and the first of `long`
         batch.results["denoise"].add({"key": key, "status": "ok"})
@@ -233,7 +235,7 @@ def test_a_window_that_failed_is_the_reason_of_its_clip(values: Make, tmp_path: 
     long = batch.clips[1]
     for window in (2, 1):
         row = {"status": "failed", "retryable": False, "error": f"window {window} is bad"}
-        batch.results["denoise"].add({"key": long.windows[window].key, **row})
+        batch.results["denoise"].add({"key": long.windows["denoise"][window].key, **row})
     outlook = batch.outlook()
     assert (outlook.to_do, outlook.failed) == (2, 1)
     assert outlook.reasons == {("denoise", "window 1 is bad"): 1}
@@ -327,7 +329,7 @@ def test_a_damaged_window_and_those_after_it_are_made_again(
 
 def foreign_row(batch: Batch, previous_sha256: str) -> dict[str, Any]:
     """Another run's second window of `long`, whose data nobody may read."""
-    first, second, _ = batch.clips[1].windows
+    first, second, _ = batch.clips[1].windows["denoise"]
     return {
         "key": second.key,
         "status": "ok",
@@ -392,7 +394,7 @@ def test_a_window_that_another_run_is_at_is_waited_for(
     """And done, once its claim ends without a result; those that follow it come after."""
     batch = open_known(values(tmp_path))
     others = Claims(Storage(str(tmp_path)), "another machine")
-    claim = others.claim("denoise", [batch.clips[1].windows[1].key])
+    claim = others.claim("denoise", [batch.clips[1].windows["denoise"][1].key])
 
     class Releasing(Coordinated):
         """Once nothing else is left to do."""

@@ -22,15 +22,14 @@ from avatar_core.execution.shard import run_shard
 from avatar_core.execution.worker import Cancellation, Job, JobResult, StoreAddress
 from avatar_core.execution.worker_process import WorkerProcess, WorkerProcesses
 from avatar_core.planning.batch import Batch, open_batch
-from avatar_core.planning.clip import STAGES
+from avatar_core.planning.stages import create_stages
 from avatar_core.stages.base import ItemSpec
-from avatar_core.stages.registry import create_stages
 from avatar_core.store.storage import Storage
 from avatar_core.store.tensors import open_item
 from tests.execution import toy_backend as toy
 from tests.execution.jobs import run_job as run
 from tests.processes import exists, until
-from tests.sample_rows import Rendered, attempts, data_files, flip_byte
+from tests.sample_rows import PREVIEW_STAGES, Rendered, attempts, data_files, flip_byte
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -71,7 +70,7 @@ def pid_of(queue: WorkerProcess) -> int:
 @pytest.fixture
 def batch(rendered: Rendered, store: Path) -> Batch:
     """Everything but the ingested sources is to do."""
-    for stage in STAGES:
+    for stage in PREVIEW_STAGES:
         for path in (store / "stages" / stage).rglob("*.*"):
             path.unlink()
     return open_batch(parse(Config, {"table": str(rendered.table), "storage": {"root": str(store)}}))
@@ -190,7 +189,7 @@ def test_a_gpu_stage_computes_on_the_gpu_unless_it_is_pretended(
 ) -> None:
     stage = create_stages(create_backend({"name": "preview"}))["denoise"]
     assert Device(gpu=gpu, pretended=pretended).of(stage) == "cpu"
-    stage.queue = "gpu"
+    stage.device_kind = "gpu"
     assert Device(gpu=gpu, pretended=pretended).of(stage) == device
 
 

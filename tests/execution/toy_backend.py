@@ -8,18 +8,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from avatar_core.backends.base import BACKENDS, ReportStep
+from avatar_core.backends.base import BACKENDS, Backend
 from avatar_core.errors import Cancelled, WeightsError
-from avatar_core.stages.base import ItemSpec
-from avatar_core.stages.denoise import DenoiseStageConfig
+from avatar_core.stages.base import ItemSpec, Picture, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage, Scale
+from avatar_core.stages.denoise import DenoiseStage, DenoiseStageConfig
 
 if "pytest" not in sys.modules:
     BACKENDS["toy"] = "tests.execution.toy_backend:ToyBackend"
@@ -32,7 +32,7 @@ _backends: list["ToyBackend"] = []
 _loads: list[str] = []
 _memory: list[str | None] = []
 
-Act = Callable[[ReportStep], Any]
+Act = Callable[[Report], Any]
 """What an item does; its answer is kept as JSON."""
 
 
@@ -41,29 +41,20 @@ class ToyConfig:
     memory_levels: tuple[str, ...] = ()
 
 
-class ToyBackend:
-    name = "toy"
-    label = "toy"
-    config_type = ToyConfig
-    guessed_seconds: ClassVar = MappingProxyType(
-        {"audio": 0.05, "reference": 0.3, "denoise": 0.01, "decode": 0.5}
-    )
-    max_speakers = 2
-    text_sees_picture = False
-    versions: ClassVar = MappingProxyType({"audio": 1, "reference": 1, "denoise": 1, "decode": 1})
-    queues: ClassVar = MappingProxyType(dict.fromkeys(("audio", "reference", "denoise", "decode"), "gpu"))
+class ToyDenoise(DenoiseStage[Act, None]):
+    inputs = ()
+    version = 1
+    device_kind = "gpu"
+    guessed_seconds = 0.01
 
-    def __init__(self, config: ToyConfig) -> None:
-        self.config = config
-        _backends.append(self)
+    def __init__(self, backend: "ToyBackend") -> None:
+        super().__init__(backend)
+        self._levels = backend.config.memory_levels
 
-    def weights(self, stage: str, config: Any) -> tuple[str, ...]:
-        return ()
+    def memory_levels(self, device: str) -> tuple[str, ...]:
+        return self._levels
 
-    def memory_levels(self, stage: str, device: str) -> tuple[str, ...]:
-        return self.config.memory_levels
-
-    def load(self, stage: str, config: Act, device: str, memory: str | None) -> None:
+    def load_models(self, options: Act, device: str, memory: str | None) -> None:
         _loads.append(device)
         _memory.append(memory)
 
@@ -73,14 +64,28 @@ class ToyBackend:
         conditions: Any,
         fps: float,
         seed: int,
-        config: Act,
-        report: ReportStep,
+        options: Act,
+        report: Report,
         unfinished: Path | None,
-    ) -> Mapping[str, Any]:
-        return {"answer": np.frombuffer(json.dumps(config(report)).encode(), np.uint8)}
+    ) -> Tensors:
+        return {"answer": np.frombuffer(json.dumps(options(report)).encode(), np.uint8)}
 
-    def decode(self, *arguments: Any) -> Iterator[Any]:
+
+class ToyBackend(Backend):
+    name = "toy"
+    label = "toy"
+    config_type = ToyConfig
+    config: ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        _backends.append(self)
+
+    def fit_picture(self, picture: Picture, max_side: int) -> tuple[Picture, Scale]:
         raise NotImplementedError
+
+    def own_stages(self) -> Sequence[BackendStage[Any, Any, Any]]:
+        return [ToyDenoise(self)]
 
 
 def toy_item(key: str, act: Act) -> ItemSpec:
@@ -90,11 +95,11 @@ def toy_item(key: str, act: Act) -> ItemSpec:
 # --- what an item can do
 
 
-def nothing(report: ReportStep) -> None:
+def nothing(report: Report) -> None:
     pass
 
 
-def describe(report: ReportStep) -> dict[str, Any]:
+def describe(report: Report) -> dict[str, Any]:
     return {
         "modules": sorted(sys.modules),
         "environment": dict(os.environ),
@@ -105,7 +110,7 @@ def describe(report: ReportStep) -> dict[str, Any]:
     }
 
 
-def report_often(report: ReportStep) -> float:
+def report_often(report: Report) -> float:
     """Reports as fast as it can for half a second; answers with the true number of reports."""
     reports, end_s = 0, time.monotonic() + 0.5
     while time.monotonic() < end_s:
@@ -113,7 +118,7 @@ def report_often(report: ReportStep) -> float:
     return reports
 
 
-def report_for_longer(report: ReportStep) -> None:
+def report_for_longer(report: Report) -> None:
     """Than `SILENCE_S`."""
     end_s = time.monotonic() + 1.2 * SILENCE_S
     while time.monotonic() < end_s:
@@ -121,22 +126,22 @@ def report_for_longer(report: ReportStep) -> None:
         time.sleep(0.01)
 
 
-def wait_for_cancel(report: ReportStep) -> None:
+def wait_for_cancel(report: Report) -> None:
     while True:
         report(0, 1)
         time.sleep(0.01)
 
 
-def sleep_for_ever(report: ReportStep) -> None:
+def sleep_for_ever(report: Report) -> None:
     time.sleep(1e6)
 
 
-def compute_for_ever(report: ReportStep) -> None:
+def compute_for_ever(report: Report) -> None:
     """Never lets another Python thread of its process run."""
     pow(3, 10**9)
 
 
-def start_helper(report: ReportStep) -> None:
+def start_helper(report: Report) -> None:
     """Waits beside a process of its own, whose id it logs."""
     import subprocess
 
@@ -144,42 +149,42 @@ def start_helper(report: ReportStep) -> None:
     time.sleep(1e6)
 
 
-def exit_with_status(report: ReportStep) -> None:
+def exit_with_status(report: Report) -> None:
     sys.exit(3)
 
 
-def crash(report: ReportStep) -> None:
+def crash(report: Report) -> None:
     import ctypes
 
     ctypes.string_at(0)
 
 
-def log_levels(report: ReportStep) -> None:
+def log_levels(report: Report) -> None:
     log.debug("never sent")
     log.info("half of %s", "it", extra={"unpicklable": lambda: None})
     log.info("all of %s", "it")
 
 
-def break_unexpectedly(report: ReportStep) -> None:
+def break_unexpectedly(report: Report) -> None:
     raise ZeroDivisionError("by zero")
 
 
-def need_less_memory(report: ReportStep) -> list[str | None]:
+def need_less_memory(report: Report) -> list[str | None]:
     """Runs out of it on the highest level; answers with the levels so far."""
     if _memory[-1] == "high":
         raise MemoryError
     return _memory
 
 
-def lack_weights(report: ReportStep) -> None:
+def lack_weights(report: Report) -> None:
     raise WeightsError("weights 'toy' are missing; run: avatar weights fetch toy")
 
 
-def cancel_itself(report: ReportStep) -> None:
+def cancel_itself(report: Report) -> None:
     raise Cancelled("stopped by the user")
 
 
-def be_in_two_places(report: ReportStep) -> None:
+def be_in_two_places(report: Report) -> None:
     """Ends only once a second item of this kind runs in another process; the file lists both."""
     meeting = Path(os.environ["MEETING"])
     with meeting.open("a") as file:

@@ -11,9 +11,21 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator
 
-from avatar_core.backends.base import BACKENDS, Picture, ReportStep, Tensors
+from avatar_core.backends.base import BACKENDS
 from avatar_core.errors import BackendError, InputError
-from tests.execution.counted_backend import STEPS, CountedBackend, CountedConfig, StageConfig
+from avatar_core.stages.base import Picture, Report, Tensors
+from avatar_core.stages.clip_stage import BackendStage
+from avatar_core.stages.decode import ChainedDecodeStage
+from avatar_core.stages.denoise import ChainedDenoiseStage
+from avatar_core.stages.subject import Subject
+from tests.execution.counted_backend import (
+    STEPS,
+    CountedAudio,
+    CountedBackend,
+    CountedConfig,
+    CountedReference,
+    StageConfig,
+)
 
 WINDOW_FRAMES = 6
 
@@ -43,11 +55,22 @@ class WindowedConfig(CountedConfig):
 class WindowedBackend(CountedBackend):
     name = "windowed"
     label = "windowed"
-    config_type = WindowedConfig  # type: ignore[assignment]
-    denoise = decode = None  # type: ignore[assignment]  # never called
+    config_type = WindowedConfig
 
-    def num_windows(self, duration_s: float, fps: float) -> int:
-        return -(-self.num_frames(duration_s, fps) // WINDOW_FRAMES)
+    def own_stages(self) -> Sequence[BackendStage[Any, Any, Any]]:
+        return CountedAudio(self), CountedReference(self), WindowedDenoise(self), WindowedDecode(self)
+
+
+class WindowedDenoise(ChainedDenoiseStage[WindowConfig, None]):
+    version = 1
+    device_kind = "gpu"
+    guessed_seconds = 0.01
+
+    def num_windows(self, subject: Subject) -> int:
+        return -(-self.backend.num_frames(subject.segment.duration_s, subject.fps) // WINDOW_FRAMES)
+
+    def load_models(self, options: WindowConfig, device: str, memory: str | None) -> None:
+        return None
 
     def denoise_window(
         self,
@@ -55,12 +78,12 @@ class WindowedBackend(CountedBackend):
         conditions: Mapping[str, Tensors],
         fps: float,
         seed: int,
-        config: WindowConfig,
-        report: ReportStep,
+        options: WindowConfig,
+        report: Report,
         window: int,
         previous: Tensors | None,
     ) -> Tensors:
-        if window == config.bad:
+        if window == options.bad:
             raise InputError(f"window {window} is bad")
         for step in range(STEPS):
             report(step, STEPS)
@@ -68,18 +91,20 @@ class WindowedBackend(CountedBackend):
         noise = np.random.default_rng([seed, window]).random((len(volume), 1))
         before = previous["tail"] if previous else np.zeros(3)
         latents = volume[:, None] + noise + conditions["reference"]["shade"] / 255 + before
-        latents += config.gpu * 1e-12
+        latents += options.gpu * 1e-12
         return {"before": before, "latents": latents, "tail": latents[-1] / 2}
 
-    def decode_windows(
-        self,
-        models: None,
-        picture: Picture,
-        conditions: Mapping[str, Tensors],
-        windows: Sequence[Tensors],
-        config: StageConfig,
+
+class WindowedDecode(ChainedDecodeStage[StageConfig, None]):
+    version = 1
+    guessed_seconds = 0.5
+
+    def load_models(self, options: StageConfig, device: str, memory: str | None) -> None:
+        return None
+
+    def frames(
+        self, models: None, picture: Picture, windows: Sequence[Tensors], options: StageConfig
     ) -> Iterator[Picture]:
-        assert set(conditions) == {"reference"}
         before: Any = np.zeros(3)
         for number, window in enumerate(windows):
             if not np.array_equal(window["before"], before):

@@ -43,6 +43,25 @@ def test_every_shard_is_told(rendered: Rendered, store: Path, tmp_path: Path) ->
     assert sum(len(shard.result().rows) for shard in shards) == 4
 
 
+def test_random_weights_are_computed_where_the_real_ones_would_be(
+    rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path / "weights"))
+    backend = {"name": "ditto", "checkpoint": "ditto-tiny", "denoise": {"num_inference_steps": 1}}
+    runtime = {"cpus": 1, "gpus": [0, 1], "pretend": True}
+    batch = opened(rendered.table, tmp_path / "store", backend=backend, runtime=runtime, limit=2)
+    with execution(batch) as work:
+        shards = [news for news in work.news() if isinstance(news, ShardRun)]
+    assert work.result().ok
+    assert {(shard.stage, shard.worker.partition("-")[0]) for shard in shards} == {
+        ("face", "cpu"),
+        ("audio", "cpu"),
+        ("reference", "gpu"),
+        ("denoise", "gpu"),
+        ("decode", "gpu"),
+    }
+
+
 def test_what_is_logged_is_with_its_shard_or_with_the_run(inputs: Path, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "bad.jpg", "closeup")
     picture.write_bytes((inputs / "landscape.png").read_bytes())

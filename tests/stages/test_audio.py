@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from avatar_core.backends.preview.backend import PreviewBackend, PreviewConfig
+from avatar_core.backends.preview.backend import PreviewBackend
+from avatar_core.backends.preview.config import PreviewConfig
+from avatar_core.backends.preview.stages import PreviewAudio
 from avatar_core.errors import InputError
 from avatar_core.media.audio import probe_audio
-from avatar_core.stages.audio import AudioStage, AudioStageConfig, Segment
+from avatar_core.stages.audio import AudioStageConfig
 from avatar_core.stages.base import Item, Output
+from avatar_core.stages.subject import Segment
 from tests.sample_rows import speech, write_wav
 
 SAMPLES, RATE = speech(duration_s=1.0)
@@ -23,7 +26,7 @@ def process(tmp_path: Path, *recordings: NDArray[np.int16], start_s: float = 0.0
     duration_s = probe_audio(paths[0]).duration_s - start_s
     segment = Segment(duration_s, start_s, "para" if len(paths) > 1 else None)
     item = Item("", {}, {"audio": paths})
-    stage = AudioStage(PreviewBackend(PreviewConfig()))
+    stage = PreviewAudio(PreviewBackend(PreviewConfig()))
     return stage.process(item, AudioStageConfig(segment, 25), None, tmp_path, lambda *_: None)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from avatar_core.backends.base import ReportStep
 from avatar_core.backends.ditto.chaining import ChainSettings, offline_motion
 from avatar_core.backends.ditto.condition import EMOTIONS, Emotion
 from avatar_core.backends.ditto.config import DenoiseConfig, chosen
@@ -17,6 +16,7 @@ from avatar_core.backends.ditto.motion_stitch import MotionStitch, StitchSetting
 from avatar_core.backends.ditto.motion_vector import Array, frame, mirror_index, unpack
 from avatar_core.backends.ditto.registration import Avatar
 from avatar_core.backends.ditto.sampling import ClipSampler
+from avatar_core.stages.base import Report
 
 _STITCHED = (
     "use_d_keys",
@@ -59,7 +59,7 @@ class ClipMotion:
         self._official = official
 
     def __call__(
-        self, features: Array, avatar: Avatar, seed: int, config: DenoiseConfig, report: ReportStep
+        self, features: Array, avatar: Avatar, seed: int, config: DenoiseConfig, report: Report
     ) -> dict[str, NDArray[Any]]:
         """`motion` [n, 265] of n speech features; `source_frames` [n], and key points of the source `x_s` and
         of the driven face `x_d` [n, 21, 3], the latter not fitted to the picture yet."""

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avatar_core.backends.base import Picture, Tensors
 from avatar_core.backends.ditto.putback import Composer
 from avatar_core.backends.ditto.rendering import Renderer
+from avatar_core.stages.base import Picture, Tensors
 
 
 class _Batch(NamedTuple):

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
-from avatar_core.backends.base import ReportStep
 from avatar_core.backends.hunyuan.chunked_blocks import run_in_chunks
 from avatar_core.backends.hunyuan.config import DenoiseConfig
 from avatar_core.backends.hunyuan.official import load_transformer
@@ -30,6 +29,7 @@ from avatar_core.backends.hunyuan.sampling import (
 from avatar_core.backends.hunyuan.schedules import ClipWindows
 from avatar_core.backends.hunyuan.transformer import TextConditions
 from avatar_core.memory import Level, attention, attention_kernel, compile_blocks, place
+from avatar_core.stages.base import Report
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ClipDenoiser:
         fps: float,
         seed: int,
         config: DenoiseConfig,
-        report: ReportStep,
+        report: Report,
         unfinished: Path | None,
     ) -> NDArray[np.float32]:
         """Latents (1, C, frames, h, w). `windows` (frames, positions, layers, channels) hold the padding.

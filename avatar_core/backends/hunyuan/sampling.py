@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from avatar_core.backends.base import ReportStep
 from avatar_core.backends.hunyuan.audio_adapter import AudioKeys
 from avatar_core.backends.hunyuan.config import DenoiseConfig
 from avatar_core.backends.hunyuan.schedules import (
@@ -29,6 +28,7 @@ from avatar_core.backends.hunyuan.transformer import (
     PreparedText,
     TextConditions,
 )
+from avatar_core.stages.base import Report
 
 MOTION_EXP = (30, 30, 30, 30)
 MOTION_POSE = (25, 25, 25, 25)
@@ -341,7 +341,7 @@ def denoise(
     conditions: ClipConditions,
     noise: Tensor,
     settings: SamplerSettings,
-    report: ReportStep,
+    report: Report,
     *,
     sequential: bool = False,
     cache_device: str | None = None,

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avatar_core.backends.base import ReportStep
 from avatar_core.backends.multitalk.config import DenoiseConfig
 from avatar_core.backends.multitalk.guidance import (
     ProjectedGuidance,
@@ -20,6 +19,7 @@ from avatar_core.backends.multitalk.guidance import (
 )
 from avatar_core.backends.multitalk.teacache import CallCache, coefficients
 from avatar_core.backends.multitalk.transformer import Conditions
+from avatar_core.stages.base import Report
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -88,7 +88,7 @@ def denoise_window(
     inputs: ClipInputs,
     settings: SamplerSettings,
     generator: torch.Generator,
-    report: ReportStep,
+    report: Report,
 ) -> Tensor:
     """Latents [16, T, h, w] in float32."""
     condition, motion = inputs.condition, inputs.motion_latents

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar_core import weights
-from avatar_core.backends.base import ReportStep
 from avatar_core.backends.multitalk.audio import audio_window
 from avatar_core.backends.multitalk.chunked_blocks import run_in_chunks
 from avatar_core.backends.multitalk.clip import clip_features
@@ -27,6 +26,7 @@ from avatar_core.backends.multitalk.windows import (
     with_mirrored_end,
 )
 from avatar_core.memory import Level, attention, attention_kernel, compile_blocks, place
+from avatar_core.stages.base import Report
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -52,7 +52,7 @@ class WindowDenoiser:
         audio: Arrays,
         seed: int,
         config: DenoiseConfig,
-        report: ReportStep,
+        report: Report,
         window: int,
         previous: Arrays | None,
     ) -> dict[str, NDArray[Any]]:

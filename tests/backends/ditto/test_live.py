@@ -11,6 +11,7 @@ from avatar_core.backends.ditto.config import DecodeConfig, DenoiseConfig, Ditto
 from avatar_core.backends.ditto.config_reader import OfficialConfig, read_official_config
 from avatar_core.backends.ditto.live import load_stream_models, stream_settings
 from avatar_core.backends.ditto.registration import Avatar
+from avatar_core.backends.ditto.stages import DittoReference
 from avatar_core.backends.ditto.stream import DittoStream
 from avatar_core.media.image import ImageLimits, load_image
 from tests.backends.ditto.toy import speech
@@ -28,9 +29,9 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> DittoBackend:
 
 def test_a_registered_portrait_speaks_while_speech_arrives(backend: DittoBackend) -> None:
     picture = load_image(PORTRAIT, ImageLimits())
-    picture, _ = backend.fit_picture(picture, 320, TINY.reference)
-    registrar = backend.load("reference", TINY.reference, "cpu", None)
-    avatar = Avatar.from_tensors(backend.encode_picture(registrar, picture, [], TINY.reference))
+    picture, _ = backend.fit_picture(picture, 320)
+    registrar = DittoReference(backend, TINY.checkpoint).load_models(TINY.reference, "cpu", None)
+    avatar = Avatar.from_tensors(registrar.register([picture], [], is_image=True))
     official = read_official_config("ditto-tiny")
     models = load_stream_models(TINY, official)
 

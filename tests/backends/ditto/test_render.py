@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from avatar_core.backends.base import create_backend
 from avatar_core.backends.ditto.motion_vector import mirror_index
 from avatar_core.backends.ditto.registration import Avatar
+from avatar_core.backends.ditto.stages import DittoDecode, DittoDenoise, DittoReference
 from avatar_core.backends.ditto.tiny import write_tiny_checkpoint
 from avatar_core.errors import InputError
 from avatar_core.media.image import load_image
@@ -204,29 +205,43 @@ def test_rows_that_cannot_be_rendered_say_why(tiny: Path, folder: Path, tmp_path
     assert "happy" in errors["emotion"]
 
 
+def test_a_row_without_a_seed_may_set_options(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    row = {name: value for name, value in BASE.items() if name != "seed"}
+    rows = [{**row, "name": f"n{n}", "params": f'{{"guidance_scale": {n}}}'} for n in ("3", "3.0", "4")]
+    table = write_table(folder / "options.csv", rows)
+    config = {"table": str(table), "storage": {"root": str(tmp_path)}, "backend": backend()}
+    clips = open_known(config).clips
+    assert clips[0].seed == clips[1].seed != clips[2].seed
+    assert [clip.items["denoise"].config.backend.guidance_scale for clip in clips] == [3.0, 3.0, 4.0]
+
+
 def test_footage_is_registered_frame_by_frame_and_runs_forth_and_back(tiny: Path, folder: Path) -> None:
-    ditto: Any = create_backend(backend()).resolve()
+    ditto = create_backend(backend()).resolve()
     still = load_image(folder / "portrait.jpg")
     footage = [np.roll(still, 2 * i, axis=1) for i in range(3)]
-    config = ditto.config
-    registrar = ditto.load("reference", config.reference, "cpu", None)
-    reference = ditto.encode_video(registrar, footage, [], config.reference)
+    config, checkpoint = ditto.config, ditto.config.checkpoint
+    register = DittoReference(ditto, checkpoint)
+    registrar = register.load_models(config.reference, "cpu", None)
+    reference = register.encode_footage(registrar, footage, [], config.reference)
     avatar = Avatar.from_tensors(reference)
     assert (len(avatar), avatar.is_image) == (3, False)
 
     features = np.random.default_rng(0).standard_normal((8, 1024)).astype(np.float32)
     conditions = {"audio": {"features": features}, "reference": reference}
-    models = ditto.load("denoise", config.denoise, "cpu", None)
-    motion = ditto.denoise(models, conditions, 25.0, 1, config.denoise, lambda *_: None, None)
+    denoise = DittoDenoise(ditto, checkpoint)
+    models = denoise.load_models(config.denoise, "cpu", None)
+    motion = denoise.denoise(models, conditions, 25.0, 1, config.denoise, lambda *_: None, None)
     assert motion["source_frames"].tolist() == [mirror_index(i, 3) for i in range(8)]
-    renderer = ditto.load("decode", config.decode, "cpu", None)
-    made = list(ditto.decode(renderer, footage, {"reference": reference, "denoise": motion}, config.decode))
+    decode = DittoDecode(ditto, checkpoint)
+    renderer = decode.load_models(config.decode, "cpu", None)
+    conditions = {"reference": reference, "denoise": motion}
+    made = list(decode.footage_frames(renderer, footage, conditions, config.decode))
     assert len(made) == 8
     assert {frame.shape for frame in made} == {still.shape}
 
 
 def test_footage_may_be_too_long(tiny: Path) -> None:
-    ditto: Any = create_backend(backend()).resolve()
+    ditto = create_backend(backend()).resolve()
     footage = [np.zeros((2, 2, 3), np.uint8)] * 1001
     with pytest.raises(InputError, match=r"video: has 1001 frames; backend ditto takes 1000 at most"):
-        ditto.encode_video(None, footage, [], ditto.config.reference)
+        DittoReference(ditto, "ditto-tiny").encode_footage(None, footage, [], ditto.config.reference)

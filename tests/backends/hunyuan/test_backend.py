@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from avatar_core import weights
 from avatar_core.backends.base import create_backend
-from avatar_core.backends.hunyuan.backend import HunyuanBackend, _face_box
+from avatar_core.backends.hunyuan.backend import HunyuanBackend
 from avatar_core.backends.hunyuan.config import HunyuanConfig
+from avatar_core.backends.hunyuan.stages import _face_box
 from avatar_core.backends.hunyuan.tiny import write_tiny_checkpoint
 from avatar_core.errors import ConfigError, InputError, WeightsError
 from avatar_core.media.face import Face
@@ -113,14 +114,16 @@ def test_shared_options_reach_their_stages() -> None:
     assert {stage.image_size for stage in (config.text, config.reference, config.decode)} == {128}
 
 
-def test_only_random_weights_are_for_the_cpu() -> None:
-    assert set(hunyuan(**FAST).queues.values()) == {"cpu"}
-    official = hunyuan().queues
-    assert {stage for stage in official if official[stage] == "cpu"} == {"audio"}
+def test_random_weights_wait_where_the_real_ones_do_and_need_no_gpu() -> None:
+    for backend in (hunyuan(), hunyuan(**FAST)):
+        kinds = {name: stage.device_kind for name, stage in backend.stages().items()}
+        assert {name for name in kinds if kinds[name] == "cpu"} == {"face", "audio"}
+    assert hunyuan(**FAST).renders_on_cpu
+    assert not hunyuan().renders_on_cpu
 
 
 def test_the_large_models_have_memory_levels() -> None:
-    levels = {stage: hunyuan(**FAST).memory_levels(stage, "cpu") for stage in hunyuan(**FAST).versions}
+    levels = {name: stage.memory_levels("cpu") for name, stage in hunyuan(**FAST).stages().items()}
     assert {stage for stage in levels if levels[stage]} == {"text", "denoise"}
     assert levels["text"] == levels["denoise"] == ("h200", "80gb", "48gb", "24gb", "10gb")
 

@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 
 from avatar_core import weights
-from avatar_core.backends.base import WindowedBackend, create_backend
+from avatar_core.backends.base import create_backend
 from avatar_core.backends.multitalk.config import MultiTalkConfig
+from avatar_core.backends.multitalk.stages import MultiTalkDenoise
 from avatar_core.backends.multitalk.tiny import write_tiny_checkpoint
 from avatar_core.errors import ConfigError, WeightsError
+from tests.subjects import subject
 
 FAST = {"checkpoint": "multitalk-tiny"}
 
@@ -102,7 +104,8 @@ def test_the_shift_follows_the_size() -> None:
 def test_every_kind_of_weights_has_its_part() -> None:
     def used(**denoise: Any) -> tuple[str, ...]:
         backend = multitalk(denoise=denoise)
-        return backend.weights("denoise", backend.config.denoise)
+        names: tuple[str, ...] = MultiTalkDenoise(backend, "multitalk").weight_names(backend.config.denoise)
+        return names
 
     always = ("multitalk/vae", "multitalk/clip")
     assert used() == ("multitalk/transformer", *always)
@@ -110,24 +113,28 @@ def test_every_kind_of_weights_has_its_part() -> None:
     assert used(transformer="fp8") == ("multitalk/transformer-fp8", *always)
     assert used(lora="fusionx") == ("multitalk/transformer", "multitalk/lora-fusionx", *always)
     assert used(transformer="int8", lora="fusionx") == ("multitalk/transformer-int8-fusionx", *always)
-    assert multitalk().weights("reference", None) == ()
 
 
-def test_only_random_weights_are_for_the_cpu() -> None:
-    assert set(multitalk(**FAST).queues.values()) == {"cpu"}
-    official = multitalk().queues
-    assert {stage for stage in official if official[stage] == "cpu"} == {"audio", "reference"}
+def test_random_weights_wait_where_the_real_ones_do_and_need_no_gpu() -> None:
+    for backend in (multitalk(), multitalk(**FAST)):
+        kinds = {name: stage.device_kind for name, stage in backend.stages().items()}
+        assert {name for name in kinds if kinds[name] == "cpu"} == {"face", "audio", "reference"}
+    assert multitalk(**FAST).renders_on_cpu
+    assert not multitalk().renders_on_cpu
 
 
 def test_the_large_models_have_memory_levels() -> None:
-    levels = {stage: multitalk(**FAST).memory_levels(stage, "cpu") for stage in multitalk(**FAST).versions}
+    levels = {name: stage.memory_levels("cpu") for name, stage in multitalk(**FAST).stages().items()}
     assert {stage for stage in levels if levels[stage]} == {"text", "denoise"}
     assert levels["text"] == levels["denoise"] == ("h200", "80gb", "48gb", "24gb", "10gb")
 
 
-def test_a_clip_has_windows() -> None:
+@pytest.mark.parametrize(("duration_s", "windows"), [(1.0, 1), (3.24, 1), (3.25, 2), (60.0, 27)])
+def test_a_clip_has_windows(duration_s: float, windows: int) -> None:
     backend = multitalk(**FAST)
-    assert isinstance(multitalk(**FAST), WindowedBackend)
-    assert [backend.num_windows(duration_s, 25.0) for duration_s in (1.0, 3.24, 3.25, 60.0)] == [1, 1, 2, 27]
-    assert backend.num_frames(60.0, 25.0) == 1500
+    assert MultiTalkDenoise(backend).num_windows(subject(backend, duration_s=duration_s)) == windows
+
+
+def test_a_clip_has_as_many_frames_as_its_speech() -> None:
+    assert multitalk(**FAST).num_frames(60.0, 25.0) == 1500
     assert multitalk(denoise={"max_windows": 2}).num_frames(60.0, 25.0) == 137

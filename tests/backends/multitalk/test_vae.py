@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from avatar_core.backends.base import Tensors, create_backend
+from avatar_core.backends.multitalk.backend import MultiTalkBackend
+from avatar_core.backends.multitalk.config import DenoiseConfig, MultiTalkConfig
+from avatar_core.backends.multitalk.stages import MultiTalkDecode
 from avatar_core.backends.multitalk.vae import (
     build_vae,
     decode_window,
@@ -17,6 +19,7 @@ from avatar_core.backends.multitalk.vae import (
 )
 from avatar_core.backends.multitalk.window_decoder import WindowDecoder, as_frame
 from avatar_core.checkpoint import rename, undo_rename
+from avatar_core.stages.base import Tensors
 
 SIZES = {"base_dim": 4, "num_res_blocks": 1}
 WINDOW, MOTION = 9, 5
@@ -124,9 +127,9 @@ class Windows(Sequence[Tensors]):
 
 
 def clip(decoder: WindowDecoder, windows: Sequence[Tensors]) -> Iterator[np.ndarray]:
-    denoise = {"window_frames": WINDOW, "motion_frames": MOTION}
-    backend: Any = create_backend({"name": "multitalk", "checkpoint": "multitalk-tiny", "denoise": denoise})
-    return backend.decode_windows(decoder, picture(), {}, windows, backend.config.decode)
+    config = MultiTalkConfig(denoise=DenoiseConfig(window_frames=WINDOW, motion_frames=MOTION))
+    decode = MultiTalkDecode(MultiTalkBackend(config), config.checkpoint, config.denoise)
+    return decode.frames(decoder, picture(), windows, config.decode)
 
 
 def test_a_window_is_decoded_when_its_frames_are_asked_for(vae: nn.Module) -> None:

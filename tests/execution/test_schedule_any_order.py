@@ -21,6 +21,7 @@ class AnyOrder(RuleBasedStateMachine):
                 data.draw(st.sampled_from(["", "a", "b", "c"])),
                 data.draw(st.sampled_from([0.1, 1.0, 20.0])),
                 data.draw(st.sampled_from([1, 3, 256])),
+                data.draw(st.booleans()),
             )
             for index in range(stage_count)
         ]
@@ -39,15 +40,14 @@ class AnyOrder(RuleBasedStateMachine):
             np.array([self.stage_of[item] for item in self.shuffled], int),
             np.array([1.0 + item % 4 for item in self.shuffled]),
             np.array([(self.number[a], self.number[b]) for a, b in edges], int).reshape(-1, 2),
-            shards_per_queue=self.per_queue,
             models_kept=data.draw(st.integers(1, 3)),
             shard_seconds=data.draw(st.sampled_from([0.5, 10.0])),
         )
         self.known = ["open"] * count
         self.kinds, self.paused, self.shards, self.names = {}, set(), {}, 0
         self.detached = []
-        self.add_queue("cpu", 1.0)
-        self.add_queue(data.draw(st.sampled_from(["cpu", "gpu"])), 2.0)
+        self.add_queue("cpu")
+        self.add_queue(data.draw(st.sampled_from(["cpu", "gpu"])))
 
     def states(self):
         states = []
@@ -64,11 +64,46 @@ class AnyOrder(RuleBasedStateMachine):
     def runs(self, kind, item):
         return kind == (self.infos[self.stage_of[item]].queue if "gpu" in self.kinds.values() else "cpu")
 
-    @rule(kind=st.sampled_from(["cpu", "gpu"]), speed=st.sampled_from([0.5, 1.0, 4.0]))
-    def add_queue(self, kind, speed):
+    @rule(kind=st.sampled_from(["cpu", "gpu"]))
+    def add_queue(self, kind):
         self.names += 1
         self.kinds[f"queue-{self.names}"] = kind
-        self.schedule.add_queue(f"queue-{self.names}", kind, speed)
+        self.schedule.add_queue(f"queue-{self.names}", kind, self.per_queue)
+
+    @rule(data=st.data(), more=st.integers(0, 6))
+    def more_items_become_known(self, data, more):
+        """What is done by then is no longer among them."""
+        kept = [item for item, known in enumerate(self.known) if known != "done"]
+        place = {item: index for index, item in enumerate(kept)}
+        self.stage_of = [self.stage_of[item] for item in kept]
+        self.inputs = [[place[above] for above in self.inputs[item] if above in place] for item in kept]
+        self.known = [self.known[item] for item in kept]
+        for _ in range(more):
+            stage = data.draw(st.integers(0, len(self.infos) - 1))
+            above = [item for item, of in enumerate(self.stage_of) if of <= stage]
+            self.inputs.append(data.draw(st.lists(st.sampled_from(above), max_size=3)) if above else [])
+            self.stage_of.append(stage)
+            self.known.append("open")
+        before = {number: place[item] for number, item in enumerate(self.shuffled) if item in place}
+        self.shuffled = data.draw(st.permutations(range(len(self.known))))
+        self.number = {item: index for index, item in enumerate(self.shuffled)}
+        running = {
+            number: self.number[item] for number, item in before.items() if self.known[item] == "running"
+        }
+        edges = [(self.number[a], self.number[b]) for b, above in enumerate(self.inputs) for a in above]
+        self.schedule.extend(
+            self.infos,
+            np.array([self.stage_of[item] for item in self.shuffled], int),
+            np.array([1.0 + item % 4 for item in self.shuffled]),
+            np.array(edges, int).reshape(-1, 2),
+            running,
+            [self.number[item] for item, known in enumerate(self.known) if known == "failed"],
+        )
+        self.detached = [running[number] for number in self.detached]
+        self.shards = {
+            shard_id: replace(shard, items=tuple(running[number] for number in shard.items))
+            for shard_id, shard in self.shards.items()
+        }
 
     @precondition(lambda self: self.kinds)
     @rule(data=st.data())
@@ -76,18 +111,6 @@ class AnyOrder(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.kinds)))
         (self.schedule.resume if name in self.paused else self.schedule.pause)(name)
         self.paused ^= {name}
-
-    @precondition(lambda self: self.kinds)
-    @rule(data=st.data())
-    def queue_dies(self, data):
-        name = data.draw(st.sampled_from(sorted(self.kinds)))
-        lost = sorted(shard.id for shard in self.shards.values() if shard.queue == name)
-        assert self.schedule.remove_queue(name) == lost
-        for shard_id in lost:
-            self.account_for_shard(shard_id, failed=(), again=self.shards[shard_id].items)
-            self.schedule.ended(shard_id)
-        del self.kinds[name]
-        self.paused.discard(name)
 
     @rule()
     def ask_all(self):
@@ -180,7 +203,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not hasattr(self, "schedule"):
             return
         for kind in ("cpu", "gpu"):
-            self.add_queue(kind, 1.0)
+            self.add_queue(kind)
         first, last = f"queue-{self.names - 1}", f"queue-{self.names}"
         self.schedule.settle(done=self.detached)
         self.account_for(self.detached, failed=(), again=())

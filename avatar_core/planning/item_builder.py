@@ -54,7 +54,7 @@ class ItemBuilder:
         windows: list[ItemSpec] = []
         count = stage.num_windows(subject)
         for window in range(count):
-            facts = self._facts(replace(subject, window=window))
+            facts = self._facts(replace(subject, window=window) if window else subject)
             previous = windows[-1].key if windows else None
             windows.append(self._make(facts, consumed, previous, count))
         return tuple(windows)

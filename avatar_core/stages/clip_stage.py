@@ -13,7 +13,7 @@ Scale = tuple[float, float]
 """Across and down."""
 
 
-class StageOptions(Protocol):
+class BackendConfig(Protocol):
     """The configuration of a backend's stage: `backend` are the backend's own options for it."""
 
     @property
@@ -21,7 +21,7 @@ class StageOptions(Protocol):
 
 
 ConfigT = TypeVar("ConfigT")
-OwnConfigT = TypeVar("OwnConfigT", bound=StageOptions)
+OwnConfigT = TypeVar("OwnConfigT", bound=BackendConfig)
 OptionsT = TypeVar("OptionsT")
 ModelsT = TypeVar("ModelsT")
 

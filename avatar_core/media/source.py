@@ -226,17 +226,16 @@ def _remote_stat(uri: str, info: Mapping[str, Any], policy: SourcePolicy) -> Sou
 def _list_sources(uris: Sequence[str], policy: SourcePolicy) -> dict[str, SourceStat | InputError]:
     """Of the objects on S3 those that lie near each other; whatever a listing cannot tell is left out."""
     places: dict[str, str] = {}
-    folders: defaultdict[str, set[str]] = defaultdict(set)
+    folders: defaultdict[tuple[fsspec.AbstractFileSystem, str], set[str]] = defaultdict(set)
     for uri in uris:
         if scheme_of(uri) == "s3":
             with suppress(InputError):
                 storage, place = _locate(uri, policy)
                 places[uri] = place
-                folders[posixpath.dirname(place)].add(place)
+                folders[storage, posixpath.dirname(place)].add(place)
     infos: dict[str, Mapping[str, Any]] = {}
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
-        wanted = [sorted(paths) for paths in folders.values() if len(paths) >= _WORTH_A_PAGE]
-        for found in pool.map(lambda paths: _list_folder(storage, paths), wanted):
+        for found in pool.map(lambda item: _list_folder(item[0][0], sorted(item[1])), folders.items()):
             infos.update(found)
     stats: dict[str, SourceStat | InputError] = {}
     for uri, place in places.items():
@@ -283,7 +282,7 @@ class _Watched(fsspec.callbacks.Callback):  # type: ignore[misc]
 
 
 def _download(uri: str, policy: SourcePolicy, destination: Path, on_block: Callable[[], None]) -> None:
-    """In one request, so that all of it is of one version."""
+    """In one request, so that all of it is of one version, unless the connection broke."""
     storage, path = _locate(uri, policy)
     watched = _Watched(uri, policy, on_block)
     with _reading(uri):

@@ -36,7 +36,7 @@ STATUSES = ("ok", "failed", "dropped")
 ATTEMPT_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.parquet")
 
 _REUSE_AGE_S = 86400.0  # an older copy is written anew, lest gc finds it old enough to delete
-_SENT_UNASKED_BYTES = 8 << 20  # sending so much to a remote store takes no longer than asking for it
+_SENT_UNASKED_BYTES = 8 << 20  # to a remote store: asking first whether it is there takes as long
 _THREADS_PAY_BYTES = 1 << 20
 
 

@@ -79,7 +79,8 @@ def stat_sources(uris: Iterable[str], policy: SourcePolicy) -> dict[str, SourceS
 def copy_source(
     uri: str, policy: SourcePolicy, destination: Path, on_block: Callable[[], None] = lambda: None
 ) -> None:
-    """Nothing is left at `destination` on an error, which `on_block` may raise, too."""
+    """Nothing is left at `destination` on an error. `on_block` is called between the blocks of a file that
+    has several, and may raise."""
     try:
         if _is_remote(uri, policy) and scheme_of(uri) == "s3":
             _download(uri, policy, destination, on_block)
@@ -87,8 +88,9 @@ def copy_source(
         read = _read_remote if _is_remote(uri, policy) else _read_local
         with destination.open("wb") as target:
             for block in read(uri, policy):
+                if target.tell():
+                    on_block()
                 target.write(block)
-                on_block()
     except BaseException:
         destination.unlink(missing_ok=True)
         raise
@@ -278,7 +280,8 @@ class _Watched(fsspec.callbacks.Callback):  # type: ignore[misc]
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         _check_size(self._uri, self.size, self._policy)
-        self._on_block()
+        if self.value < self.size:
+            self._on_block()
 
 
 def _download(uri: str, policy: SourcePolicy, destination: Path, on_block: Callable[[], None]) -> None:

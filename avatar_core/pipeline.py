@@ -67,7 +67,7 @@ def rerun(
 def begin_run(batch: Batch) -> RunRecord:
     """Write down what is asked, before any work. Raises `ConfigError` where the work cannot be done on this
     machine, or clips of another table would be lost."""
-    check_gpus(batch, batch.plan())
+    check_gpus(batch)
     if not is_undecided(batch):
         check_origin(batch)
     backend = {"name": batch.backend.name, **asdict(batch.backend.config)}

@@ -184,7 +184,7 @@ class _TaskRuns:
     """
 
     def __init__(self, batch: Batch) -> None:
-        self._clips = batch.clips
+        self._batch = batch
         self._open: set[PrefectFuture[Any]] = set()
         self._unread: set[ShardRun] = set()
 
@@ -218,7 +218,7 @@ class _TaskRuns:
         if result.error:
             return Failed(message=result.error)
         if failed:
-            name, error = self._clips.name_of_item(stage, failed[0]["key"]), failed[0]["error"]
+            name, error = self._batch.label(stage, failed[0]["key"]), failed[0]["error"]
             return Failed(message=f"{name}: {error} ({len(failed)} of {len(result.rows)} items failed)")
         return Completed(message=counted("item", len(result.rows)))
 

@@ -6,22 +6,24 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from avatar_core.errors import AvatarError, BackendError, Cancelled, StoreError
-from avatar_core.execution.faults import Trouble, owners, passes_by_itself
-from avatar_core.execution.schedule import Schedule, Shard, StageInfo
-from avatar_core.execution.settings import RunSettings, check_gpus
+from avatar_core.execution.faults import Trouble, owners
+from avatar_core.execution.graph import StageInfo
+from avatar_core.execution.jobs import jobs_of
+from avatar_core.execution.schedule import Schedule, Shard
+from avatar_core.execution.settings import RunSettings
+from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.tally import NOUNS, Tally, counted
 from avatar_core.execution.work import Work
-from avatar_core.execution.worker import Cancellation, Job, JobResult, Row, StoreAddress, Worker
+from avatar_core.execution.worker import Cancellation, JobResult, Row, Worker
 from avatar_core.planning.batch import Batch
 from avatar_core.planning.estimate import seconds_per_work
 from avatar_core.planning.plan import StagePlan
-from avatar_core.progress import Observer, StepClock
+from avatar_core.progress import Observer
 from avatar_core.stages.base import ItemSpec
 from avatar_core.store.arrivals import Row as StoredRow
 from avatar_core.store.manifest import write_manifest
@@ -31,8 +33,6 @@ log = logging.getLogger(__name__)
 
 MAX_PASSES = 3
 """How often damaged results are computed again before the store itself must be at fault."""
-RETRY_DELAY_S = 2.0  # the first; each further one is four times as long
-STEPS_LOGGED_S = 30.0  # between two lines on how far a long item is
 
 Call = Callable[[Callable[[], None]], JobResult]
 """`call(on_start)` waits for a shard; `on_start` is called when its turn on the worker has come."""
@@ -126,7 +126,7 @@ class BatchRun:
         """The first clip that needs an item which is being worked on, or the source that it takes in."""
         for flight in list(self._flights.values()):
             if key in flight.numbers:
-                return self._label(flight.shard.stage, key)
+                return self.batch.label(flight.shard.stage, key)
         return None
 
     def raise_error(self) -> None:
@@ -254,7 +254,6 @@ class BatchRun:
         plan = self.batch.plan()
         if self._sources_only or (self._is_over_budget and not self.batch.is_complete):
             plan = {stage: plan[stage] for stage in self.batch.sources.stages}
-        check_gpus(self.batch, plan)
         self._work = Work(plan)
         failed = {stage: self._work.numbers(stage, keys) for stage, keys in self._failed.items()}
         self._announce(plan, {stage: len(numbers) for stage, numbers in failed.items()})
@@ -332,83 +331,23 @@ class BatchRun:
         self._numbers[shard.stage] += 1
         size = counted(self._noun(shard.stage), len(sound))
         label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
-        self._submit(
-            shard.stage, shard.queue, label, partial(self._call, shard, self._jobs(shard.stage, sound))
+        call = ShardCall(
+            shard.stage,
+            jobs_of(self.batch, shard.stage, sound, apart=self._trouble.deaths),
+            self._workers[shard.queue],
+            sharing=self._sharing,
+            cancellation=self._cancellation,
+            retries=self._settings.retries,
+            item_timeout_s=self._settings.item_timeout_s,
+            on_taken=lambda taken: self._post(partial(self._divide, shard, taken)),
+            on_progress=partial(self._progressed, shard.stage),
+            on_end=lambda outcome: self._post(partial(self._came_back, shard, outcome)),
         )
+        self._submit(shard.stage, shard.queue, label, call)
 
     def _noun(self, stage: str) -> str:
         items = self.batch.clips.stages.get(stage)
         return "window" if items and items.chain is not None else NOUNS.get(stage, "item")
-
-    def _jobs(self, stage: str, specs: Sequence[ItemSpec]) -> list[Job]:
-        """One, and one more for each item that has killed a worker before: so it takes no other along."""
-        suspects = [spec for spec in specs if spec.key in self._trouble.deaths]
-        others = [spec for spec in specs if spec.key not in self._trouble.deaths]
-        config, backend = self.batch.config, self.batch.backend
-        runtime, storage = config.runtime, config.storage
-        cache_dir = runtime.cache_dir and str(Path(runtime.cache_dir).expanduser())
-        return [
-            Job(
-                store=StoreAddress(storage.root, storage.options, cache_dir, runtime.cache_bytes),
-                backend={"name": backend.name, **asdict(backend.config)},
-                stage=stage,
-                items=tuple(items),
-                inputs=self._consumed_rows(items),
-                memory=runtime.memory,
-            )
-            for items in (others, *([suspect] for suspect in suspects))
-            if items
-        ]
-
-    def _consumed_rows(self, specs: Sequence[ItemSpec]) -> dict[str, dict[str, Mapping[str, Any]]]:
-        """Manifest rows of what the items consume: stage, then key."""
-        rows: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for spec in specs:
-            for stage, keys in spec.inputs.items():
-                for key in keys:
-                    row = self.batch.results[stage].ok(key)
-                    assert row is not None
-                    rows.setdefault(stage, {})[key] = row
-        return rows
-
-    def _call(self, shard: Shard, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
-        """In the thread of `submit`."""
-        try:
-            keys = [item.key for job in jobs for item in job.items]
-            taken = self._sharing.take(shard.stage, keys, _continued(jobs))
-            try:
-                if taken.others:
-                    self._post(partial(self._divide, shard, taken))
-                result = self._run(shard, _left(jobs, taken), on_start)
-            finally:
-                self._sharing.release(taken)
-        except BaseException as error:
-            self._post(partial(self._broken, shard, error))
-            raise
-        self._post(partial(self._ended, shard, result))
-        return replace(result, rows=(*map(dict, taken.found.values()), *result.rows))
-
-    def _run(self, shard: Shard, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
-        """Runs the jobs until one goes wrong for good; its result has the rows of all."""
-        rows: list[Row] = []
-        result = JobResult()
-        listener = _Listener(on_start, partial(self._progressed, shard.stage))
-        for job in jobs:
-            for attempt in range(self._settings.retries + 1):
-                if self._cancellation.asked():
-                    result = JobResult(cancelled=True)
-                    break
-                worker, timeout_s = self._workers[shard.queue], self._settings.item_timeout_s
-                result = worker.run(job, timeout_s, self._cancellation, listener)
-                rows += result.rows
-                if not passes_by_itself(result) or attempt == self._settings.retries:
-                    break
-                log.warning("%s; trying again", result.error)
-                self._cancellation.wait(RETRY_DELAY_S * 4**attempt)
-                job = job.again(result.unfinished)
-            if result.error or result.cancelled or result.busy or result.refused:
-                break
-        return replace(result, rows=tuple(rows))
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)
@@ -449,12 +388,16 @@ class BatchRun:
 
     # --- what ended
 
-    def _broken(self, shard: Shard, error: BaseException) -> None:
-        """The thread failed, not the work: a fault of ours, or of whoever submits."""
+    def _came_back(self, shard: Shard, outcome: JobResult | BaseException) -> None:
+        if isinstance(outcome, JobResult):
+            self._ended(shard, outcome)
+            return
+        # The thread failed, not the work: a fault of ours, or of whoever submits.
         self._flights.pop(shard.id, None)
         self._on_shard_ended(self, shard, None)
-        text = " ".join(str(error).split())
-        self._trouble.fatal = BackendError(f"unexpected {type(error).__name__} beside {shard.stage}: {text}")
+        text = " ".join(str(outcome).split())
+        kind = type(outcome).__name__
+        self._trouble.fatal = BackendError(f"unexpected {kind} beside {shard.stage}: {text}")
 
     def _ended(self, shard: Shard, result: JobResult) -> None:
         self._on_shard_ended(self, shard, result)
@@ -482,7 +425,7 @@ class BatchRun:
     def _find_fault(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
         """Keys among the items `left` over that this pass will not try again."""
         if result.died or result.hung:
-            name = result.last_item and self._label(shard.stage, result.last_item)
+            name = result.last_item and self.batch.label(shard.stage, result.last_item)
             log.warning("%s: %s", name or shard.stage, result.error)
         verdict = self._trouble.judge(result, left, shard.queue)
         if verdict.failed:
@@ -520,12 +463,7 @@ class BatchRun:
             self.batch.sources.settle(row["key"])
         self._observer.item_ended(stage, row)
         if row["status"] == "failed":
-            log.error("%s: %s failed: %s", self._label(stage, row["key"]), stage, row["error"])
-
-    def _label(self, stage: str, key: str) -> str:
-        if stage in self.batch.sources.stages:
-            return self.batch.sources.label(key) or key
-        return self.batch.clips.name_of_item(stage, key)
+            log.error("%s: %s failed: %s", self.batch.label(stage, row["key"]), stage, row["error"])
 
     def _measure(self, shard: Shard, rows: Sequence[Row]) -> None:
         assert self._schedule
@@ -552,39 +490,3 @@ class BatchRun:
                 f"this needs about {hours:.2g} hours, budget_hours={budget_hours:g} allows a part of it",
                 self._observer.warning,
             )
-
-
-class _Listener:
-    """Tells how a shard goes on, now and then also in the log."""
-
-    def __init__(self, on_start: Callable[[], None], progressed: Callable[[str, int, int], None]) -> None:
-        self.on_start = on_start
-        self._progressed = progressed
-        self._clock, self._told_s = StepClock(), time.monotonic()
-
-    def on_progress(self, key: str, done: int, total: int) -> None:
-        self._progressed(key, done, total)
-        text = self._clock.text(key, done, total)
-        if text and time.monotonic() - self._told_s >= STEPS_LOGGED_S:
-            self._told_s = time.monotonic()
-            log.info("%s", text, extra={"item_key": key})
-
-    def on_row(self, row: Row) -> None:
-        pass
-
-
-def _continued(jobs: Sequence[Job]) -> dict[str, str]:
-    """SHA-256 of the result that an item continues, for those that do."""
-    return {
-        spec.key: job.inputs[job.stage][spec.inputs[job.stage][0]]["sha256"]
-        for job in jobs
-        for spec in job.items
-        if job.stage in spec.inputs
-    }
-
-
-def _left(jobs: Sequence[Job], taken: Taken) -> Sequence[Job]:
-    if not taken.others:
-        return jobs
-    left = [job.again([item.key for item in job.items if item.key not in taken.others]) for job in jobs]
-    return [job for job in left if job.items]

@@ -1,7 +1,6 @@
 """How a run is done on this machine; no part of any result's key."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from avatar_core.config import Config
@@ -9,7 +8,6 @@ from avatar_core.devices import usable_gpus
 from avatar_core.errors import ConfigError
 from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.planning.batch import Batch
-from avatar_core.planning.plan import StagePlan
 
 
 @dataclass(frozen=True)
@@ -25,14 +23,17 @@ class RunSettings:
     budget_hours: float | None
 
 
-def check_gpus(batch: Batch, plan: Mapping[str, StagePlan]) -> None:
+def check_gpus(batch: Batch) -> None:
     """A model that wants a GPU would take days on a CPU. Raises `ConfigError`."""
     if batch.backend.renders_on_cpu:
         return
     runtime = batch.config.runtime
-    wanting = [
-        stage for stage, planned in plan.items() if planned.to_do and batch.stages[stage].device_kind == "gpu"
+    plan = batch.plan()
+    # Of rows that are not known yet, everything may be to do.
+    to_do = [
+        stage for stage in batch.stages if not batch.is_complete or (stage in plan and plan[stage].to_do)
     ]
+    wanting = [stage for stage in to_do if batch.stages[stage].device_kind == "gpu"]
     if wanting and runtime.gpus == "auto" and not usable_gpus(runtime) and not runtime.pretend:
         raise ConfigError(
             f"backend {batch.backend.name} computes {', '.join(wanting)} on a GPU, and this machine shows "

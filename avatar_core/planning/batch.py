@@ -78,6 +78,12 @@ class Batch:
     def outlook(self) -> Outlook:
         return outlook(self.clips, self.results, retry_failed=self.config.retry_failed)
 
+    def label(self, stage: str, key: str) -> str:
+        """What an item is for: the source that it takes in, or the first clip that needs it."""
+        if stage in self.sources.stages:
+            return self.sources.label(key)
+        return self.clips.name_of_item(stage, key)
+
     def forget(self, owners: Iterable[str]) -> None:
         """Hide damaged results (`<stage>:<key>`), so that they are made again."""
         by_stage: dict[str, set[str]] = {}

@@ -114,10 +114,9 @@ class Sources(Mapping[str, Source]):
     def to_do(self, stage: str) -> SourceItems:
         return SourceItems([self._specs[number] for number in self._spans[stage] if not self._known[number]])
 
-    def label(self, key: str) -> str | None:
+    def label(self, key: str) -> str:
         """What an item takes in: `audio a.wav`."""
-        number = self._by_key.get(key)
-        return None if number is None else self._names[number].replace(":", " ", 1)
+        return self._names[self._by_key[key]].replace(":", " ", 1)
 
     def warnings(self) -> Iterator[str]:
         """What the probes found odd about accepted sources."""

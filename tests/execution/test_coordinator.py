@@ -15,7 +15,7 @@ import pytest
 
 from avatar_core.devices import visible_gpus
 from avatar_core.errors import BackendError, Cancelled, StoreError
-from avatar_core.execution import batch_run
+from avatar_core.execution import shard_call
 from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import RunSettings, run_settings
@@ -274,7 +274,7 @@ def test_a_store_that_damages_everything_ends_the_run(
 def test_a_store_that_cannot_be_written_ends_the_run(
     run: Run, rendered: Rendered, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_run, "RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(shard_call, "RETRY_DELAY_S", 0.01)
     batch = opened(rendered, store, video={"crf": 30})
     (store / "stages/decode/data").rename(store / "away")
     (store / "stages/decode/data").write_text("in the way")
@@ -288,7 +288,7 @@ def test_trouble_that_passes_is_waited_for(
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batch_run, "RETRY_DELAY_S", 0.05)
+    monkeypatch.setattr(shard_call, "RETRY_DELAY_S", 0.05)
     batch = opened(rendered, store, video={"crf": 30})
     data = store / "stages/decode/data"
     data.rename(store / "away")
@@ -304,7 +304,7 @@ def test_trouble_that_passes_is_waited_for(
                     data.unlink()
                     (store / "away").rename(data)
 
-    logger, handler = logging.getLogger("avatar_core.execution.batch_run"), Mending()
+    logger, handler = logging.getLogger("avatar_core.execution.shard_call"), Mending()
     logger.addHandler(handler)
     try:
         result = run(batch, retries=2)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from avatar_core.execution.schedule import Schedule, StageInfo
+from avatar_core.execution.graph import StageInfo
+from avatar_core.execution.schedule import Schedule
 
 NO_EDGES = np.empty((0, 2), np.int64)
 

@@ -6,7 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from avatar_core.execution.schedule import Schedule, StageInfo
+from avatar_core.execution.graph import StageInfo
+from avatar_core.execution.schedule import Schedule
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -125,7 +125,7 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
     assert re.fullmatch(r"batch-\d{8}T\d{6}Z-[0-9a-f]{4}", seen.flow_run["name"])
     assert (tmp_path / "runs" / seen.flow_run["name"] / "config.yaml").exists()
     assert seen.flow_run["state"]["message"] == f"4 of 4 clips in {tmp_path}/datasets/batch"
-    runs = seen.task_runs_of(14)
+    runs = seen.task_runs_of(18)
     assert {run["state_name"] for run in runs} == {"Completed"}
     shards = [re.fullmatch(r"(\w+) (\d{4}) · (\d+) (\w+) · (cpu-[01])", run["name"]) for run in runs]
     items: dict[str, int] = {}
@@ -133,7 +133,7 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
         assert shard, run["name"]
         items[shard[1]] = items.get(shard[1], 0) + int(shard[3])
         assert run["tags"] == []  # with tags it would wait for the server before it begins
-    assert items == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
+    assert items == {"ingest": 4, "face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
 
     artifacts = seen.artifacts()
     assert {name: found["type"] for name, found in artifacts.items()} == {
@@ -144,7 +144,7 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
     assert float(artifacts["progress"]["data"]) == 100.0
     assert f"{tmp_path}/datasets/batch" in artifacts["dataset"]["data"]
     rows = {row["stage"]: row for row in table_of(artifacts["stages"])}
-    assert list(rows) == ["face", "audio", "reference", "denoise", "decode"]
+    assert list(rows) == ["ingest", "face", "audio", "reference", "denoise", "decode"]
     assert (rows["decode"]["items"], rows["decode"]["cached"], rows["decode"]["done"]) == (4, 0, 4)
 
 
@@ -154,9 +154,10 @@ def test_reused_work_is_one_cached_task_per_stage(
 ) -> None:
     state = flow(rendered.table, store, "video.crf=30", "limit=3")
     assert state.is_completed(), state
-    runs = Seen(prefect_server, state).task_runs_of(12)
+    runs = Seen(prefect_server, state).task_runs_of(16)
     cached = {run["name"]: run["state"]["message"] for run in runs if run["state_name"] == "Cached"}
     assert cached == {
+        "ingest reused · 4 files": "4 items",
         "face reused · 2 pictures": "2 items",
         "audio reused · 2 recordings": "2 items",
         "reference reused · 2 pictures": "2 items",
@@ -182,7 +183,7 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert state.message == "1 of 2 clips failed; max_failed_fraction=0 allows fewer"
     assert list(videos(root / "datasets/late")) == ["good.mp4"]
     seen = Seen(prefect_server, state)
-    failed = [run for run in seen.task_runs_of(7) if run["state_name"] == "Failed"]
+    failed = [run for run in seen.task_runs_of(10) if run["state_name"] == "Failed"]
     assert len(failed) == 1
     assert failed[0]["name"].startswith("reference ")
     assert "no face found" in failed[0]["state"]["message"]

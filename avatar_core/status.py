@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from avatar_core.planning.runs import (
+    count_rows,
     find_run,
     list_runs,
     plan_stages,
@@ -22,7 +23,8 @@ from avatar_core.store.storage import Storage
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Numbers of clips; `to_do` have neither a video nor a failure."""
+    """Numbers of clips; `to_do` have neither a video nor a failure. Of a run whose clips are not known yet,
+    those of its rows."""
 
     id: str
     name: str
@@ -70,7 +72,7 @@ def summarise_runs(storage: Storage, latest: int | None = 20) -> list[RunSummary
     """The recorded runs, newest first."""
     catalogs = _Catalogs(storage)
     ids = list_runs(storage)[::-1][:latest]
-    return [_summary(run_id, _outcomes(read_plan(storage, run_id), catalogs)) for run_id in ids]
+    return [_summary(storage, run_id, _outcomes(read_plan(storage, run_id), catalogs)) for run_id in ids]
 
 
 def read_status(storage: Storage, name_or_id: str) -> RunStatus:
@@ -81,7 +83,7 @@ def read_status(storage: Storage, name_or_id: str) -> RunStatus:
     clips["outcome"] = _outcomes(clips, catalogs)
     published = storage.exists(f"datasets/{run.name}/metadata.parquet")
     return RunStatus(
-        _summary(run.id, clips["outcome"]),
+        _summary(storage, run.id, clips["outcome"]),
         f"{storage.uri}/datasets/{run.name}" if published else None,
         tuple(_stage(stage, clips, catalogs[stage]) for stage in plan_stages(clips)),
         tuple(_failures(clips, catalogs)),
@@ -102,6 +104,8 @@ class _Catalogs(dict[str, Catalog]):
 def _outcomes(clips: pd.DataFrame, catalogs: Mapping[str, Catalog]) -> pd.Series:
     """By clip: `ok`, `to do`, or the stage that failed first."""
     stages = plan_stages(clips)
+    if clips.empty:
+        return pd.Series(dtype=object)
     conditions: list[Sequence[bool] | pd.Series] = [
         clips["error"].notna(),
         clips["decode_key"].isin(catalogs["decode"].ok_keys()),
@@ -120,10 +124,12 @@ def _failed_keys(clips: pd.DataFrame, stage: str, catalog: Catalog) -> pd.Series
     return keys[~keys.index.duplicated()]
 
 
-def _summary(run_id: str, outcomes: pd.Series) -> RunSummary:
+def _summary(storage: Storage, run_id: str, outcomes: pd.Series) -> RunSummary:
     ok, to_do = int((outcomes == "ok").sum()), int((outcomes == "to do").sum())
-    clips = len(outcomes)
-    return RunSummary(run_id, run_name(run_id), started_at(run_id), clips, ok, clips - ok - to_do, to_do)
+    failed = len(outcomes) - ok - to_do
+    if outcomes.empty:
+        to_do = count_rows(storage, run_id)
+    return RunSummary(run_id, run_name(run_id), started_at(run_id), ok + failed + to_do, ok, failed, to_do)
 
 
 def _stage(stage: str, clips: pd.DataFrame, catalog: Catalog) -> StageStatus:

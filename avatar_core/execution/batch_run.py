@@ -163,10 +163,11 @@ class BatchRun:
         elif self._growth_is_due():
             self._guarded(self._grow)
 
-    def next(self, worker: str) -> Shard | None:
+    def next(self, worker: str, part: float = 1.0) -> Shard | None:
+        """A shard for this worker: the `part` of one of usual length."""
         if self._is_ending or self._schedule is None or (self._is_over_budget and self.batch.is_complete):
             return None
-        shard = self._schedule.next(worker)
+        shard = self._schedule.next(worker, part)
         if shard is None or not self._exceeds_budget(shard):
             return shard
         self._schedule.give_back(shard.id)
@@ -177,7 +178,7 @@ class BatchRun:
         if self.batch.is_complete:
             return None
         self._plan()  # which rows there are is found out in any case
-        return self._schedule.next(worker)
+        return self._schedule.next(worker, part)
 
     def settle(self, *, is_stuck: bool) -> None:
         """Ends the run, or begins the next pass, where nothing is left; `is_stuck` if no worker has anything

@@ -12,6 +12,8 @@ from avatar_core.execution.schedule import Shard
 from avatar_core.execution.worker import JobResult, Worker
 
 POLL_S = 0.2
+SHARED_PART = 0.1
+"""Of its usual length has a shard while others wait for the same workers."""
 REST_S = 2.0
 """Between two looks at a device that another render holds."""
 
@@ -92,8 +94,9 @@ class Coordinator:
         """Whether some batch had a shard for this worker."""
         if name in self._resting:
             return False
+        part = SHARED_PART if len(self._runs) > 1 else 1.0
         for run in sorted(self._runs, key=lambda each: self._used_s[each]):
-            shard = run.next(name)
+            shard = run.next(name, part)
             if shard is not None:
                 self._used_s[run] += shard.seconds
                 self._in_flight[name] += 1

@@ -124,8 +124,9 @@ class Schedule:
         self._queues[name].paused = False
         self._form_teams()
 
-    def next(self, queue_name: str) -> Shard | None:
-        """A shard for this queue, None if it has enough or there is nothing for it now.
+    def next(self, queue_name: str, part: float = 1.0) -> Shard | None:
+        """A shard for this queue, None if it has enough or there is nothing for it now; of several items
+        only if they take this `part` of `shard_seconds` together.
 
         Ask every queue again after each end. A queue that has no shard gets one whenever an item of its
         kind is ready. One that has may be refused: if the others would be through sooner, or where items
@@ -138,7 +139,7 @@ class Schedule:
         if stage is None:
             return None
         share_s = self._teams[queue.kind].seconds_through() / queue.capacity
-        ranks, seconds = self._pack(stage, queue, share_s)
+        ranks, seconds = self._pack(stage, share_s, part)
         if queue.shard_ids and (stage.chained or seconds > share_s):
             return None
         return self._give(stage, ranks, queue, seconds)
@@ -252,9 +253,9 @@ class Schedule:
             for other in held or others
         )
 
-    def _pack(self, stage: StageState, queue: "_Queue", share_s: float) -> tuple[list[int], float]:
-        """The best ready items: `shard_seconds` of them, or `share_s` if that is less, but one at least."""
-        limit_s = min(self._shard_seconds, max(share_s, SMALLEST_SHARD * self._shard_seconds))
+    def _pack(self, stage: StageState, share_s: float, part: float) -> tuple[list[int], float]:
+        """The best ready items: a `part` of `shard_seconds`, or of `share_s` if that is less, but one."""
+        limit_s = part * min(self._shard_seconds, max(share_s, SMALLEST_SHARD * self._shard_seconds))
         seconds_per_work = stage.seconds_per_work
         ranks: list[int] = []
         total_s = 0.0

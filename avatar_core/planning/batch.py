@@ -24,6 +24,7 @@ from avatar_core.planning.stages import create_stages
 from avatar_core.progress import Observer, Silent
 from avatar_core.stages.base import Stage
 from avatar_core.store.catalog import OK, drop, load_catalog, load_catalogs
+from avatar_core.store.layout import check_layout, claim_layout
 from avatar_core.store.results import StageResults
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import stretches
@@ -129,6 +130,7 @@ def open_batch(config: Config | Mapping[str, Any], observer: Observer | None = N
         observer.warning(warning)
     rows, names = select(rows, names, config)
     storage = open_storage(config)
+    claim_layout(storage)
     stages = create_stages(backend)
     results = {stage: StageResults(known) for stage, known in load_catalogs(storage, stages).items()}
     sources = Sources(rows, config, results)
@@ -140,8 +142,11 @@ def open_batch(config: Config | Mapping[str, Any], observer: Observer | None = N
 
 
 def open_storage(config: Config) -> Storage:
+    """Raises `StoreError` where it holds what another version of this package made."""
     cache_dir = Path(config.runtime.cache_dir).expanduser() if config.runtime.cache_dir else None
-    return Storage(config.storage.root, config.storage.options, cache_dir, config.runtime.cache_bytes)
+    storage = Storage(config.storage.root, config.storage.options, cache_dir, config.runtime.cache_bytes)
+    check_layout(storage)
+    return storage
 
 
 def batch_name(config: Config) -> str:

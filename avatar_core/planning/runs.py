@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from avatar_core.config import Config, nearest, to_dict
@@ -119,6 +120,12 @@ def read_plan(storage: Storage, run_id: str) -> pd.DataFrame:
     if not storage.exists(path):
         return pd.DataFrame(_for_pandas(_PLAN, seed="Int64").empty_table().to_pandas())
     return pd.read_parquet(io.BytesIO(storage.read_bytes(path)))
+
+
+def count_rows(storage: Storage, run_id: str) -> int:
+    """Of the table that a run was asked to render."""
+    rows = pq.ParquetFile(io.BytesIO(storage.read_bytes(f"runs/{run_id}/rows.parquet")))
+    return int(rows.metadata.num_rows)
 
 
 def plan_stages(clips: pd.DataFrame) -> list[str]:

@@ -1,18 +1,16 @@
 """Several runs on one store: each takes over what others have finished, and leaves alone what they are at."""
 
 import logging
-import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
 
-from avatar_core.errors import Cancelled, StoreError
+from avatar_core.errors import StoreError
 from avatar_core.store.arrivals import Arrivals, Row
 from avatar_core.store.catalog import Catalog
 from avatar_core.store.claims import LEASE_S, Claim, Claims
@@ -153,60 +151,3 @@ class Sharing:
     def _max_age_s(self) -> float:
         alone = time.monotonic() - self._company_s > COMPANY_S
         return REMOTE_AGE_S if alone and not self._is_local else 0.0
-
-
-class Keyed(Protocol):
-    @property
-    def key(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=Keyed)
-
-
-def share_work(
-    storage: Storage,
-    catalog: Catalog,
-    shards: Iterable[Sequence[Item]],
-    run: Callable[[Sequence[Item]], object],
-    *,
-    on_row: Callable[[dict[str, Any]], None],
-    cancelled: Callable[[], bool],
-    continued: Callable[[Sequence[Item]], Mapping[str, str]] = lambda shard: NOTHING,
-) -> None:
-    """Has `run` do the shards of one stage in turn, but for what other runs do: their rows go to `on_row`.
-    `continued` is asked for what `Sharing.take` wants to know of a shard."""
-    stage = catalog.stage
-    settled: queue.SimpleQueue[tuple[Mapping[str, Row], Set[str]]] = queue.SimpleQueue()
-    awaited: dict[str, Item] = {}
-
-    def start(shard: Sequence[Item]) -> None:
-        taken = sharing.take(stage, [item.key for item in shard], continued(shard))
-        try:
-            for row in taken.found.values():
-                on_row(dict(row))
-            awaited.update({item.key: item for item in shard if item.key in taken.elsewhere})
-            sharing.watch(stage, taken.elsewhere)
-            rest = [item for item in shard if item.key not in taken.others]
-            if rest:
-                run(rest)
-                sharing.committed(stage, [item.key for item in rest])
-        finally:
-            sharing.release(taken)
-
-    with Sharing(
-        storage,
-        {stage: catalog},
-        lambda _, rows, free: settled.put((rows, free)),
-    ) as sharing:
-        for shard in shards:
-            start(shard)
-        while awaited:
-            if cancelled():
-                raise Cancelled("stopped by the user")
-            with suppress(queue.Empty):
-                rows, free = settled.get(timeout=POLL_S)
-                for key, row in rows.items():
-                    del awaited[key]
-                    on_row(dict(row))
-                if free:
-                    start([awaited.pop(key) for key in free])

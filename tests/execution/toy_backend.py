@@ -39,6 +39,7 @@ Act = Callable[[Report], Any]
 @dataclass(frozen=True)
 class ToyConfig:
     memory_levels: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
 
 class ToyDenoise(DenoiseStage[Act, None]):
@@ -50,6 +51,10 @@ class ToyDenoise(DenoiseStage[Act, None]):
     def __init__(self, backend: "ToyBackend") -> None:
         super().__init__(backend)
         self._levels = backend.config.memory_levels
+        self._weights = backend.config.weights
+
+    def weight_names(self, options: Act) -> tuple[str, ...]:
+        return self._weights
 
     def memory_levels(self, device: str) -> tuple[str, ...]:
         return self._levels

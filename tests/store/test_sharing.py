@@ -1,24 +1,20 @@
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pytest
 
-from avatar_core.errors import Cancelled
 from avatar_core.store import claims as claims_module
 from avatar_core.store import sharing as sharing_module
 from avatar_core.store.arrivals import Arrivals
 from avatar_core.store.catalog import drop, load_catalog
 from avatar_core.store.claims import LEASE_S, Claims, claim_folder
 from avatar_core.store.manifest import write_manifest
-from avatar_core.store.sharing import Sharing, share_work
+from avatar_core.store.sharing import Sharing
 from avatar_core.store.storage import Storage
 
 NO_COLUMNS = pa.schema([])
@@ -196,70 +192,11 @@ def test_a_run_gives_way_and_hears_how_it_ends(storage, monkeypatch):
     assert claim_files(storage) == []
 
 
-@dataclass(frozen=True)
-class Item:
-    key: str
-
-
-SHARDS = [[Item(f"{shard}-{item}") for item in range(3)] for shard in range(12)]
-
-
-def share_shards(root, begin):
-    """Begins with another process that does the same; gives what it did itself and the keys of all rows."""
-    store = Storage(root)
-    calls, rows = [], []
-
-    def run(shard):
-        keys = [item.key for item in shard]
-        calls.extend(keys)
-        rows.extend(keys)
-        time.sleep(0.01)
-        commit(store, *keys)
-
-    def on_row(row):
-        rows.append(row["key"])
-
-    catalog = load_catalog(store, "face")
-    begin.wait()
-    share_work(store, catalog, SHARDS, run, on_row=on_row, cancelled=lambda: False)
-    return calls, rows
-
-
-@pytest.mark.drill
-def test_two_runs_in_lockstep_do_each_item_once(store):
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(2, spawn) as pool:
-        begin = manager.Barrier(2)
-        futures = [pool.submit(share_shards, store.uri, begin) for _ in range(2)]
-        (first, first_rows), (second, second_rows) = [future.result() for future in futures]
-    keys = sorted(item.key for shard in SHARDS for item in shard)
-    assert sorted(first + second) == keys
-    assert sorted(first_rows) == sorted(second_rows) == keys
-
-
-def test_waiting_for_another_run_can_be_cancelled(store):
-    far_claim(store, "a")
-    with pytest.raises(Cancelled):
-        share_work(
-            store,
-            load_catalog(store, "face"),
-            [[Item("a")]],
-            pytest.fail,
-            on_row=pytest.fail,
-            cancelled=lambda: True,
-        )
-
-
 def test_a_store_that_cannot_be_written_claims_nothing_and_stops_nobody(store, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/stages").write_text("in the way")
-    done = []
-    share_work(
-        store,
-        load_catalog(Storage("memory://empty"), "face"),
-        [[Item("a")]],
-        done.append,
-        on_row=pytest.fail,
-        cancelled=lambda: False,
-    )
-    assert done == [[Item("a")]]
+    catalogs = {"face": load_catalog(Storage("memory://empty"), "face")}
+    with Sharing(store, catalogs, pytest.fail) as ours:
+        taken = ours.take("face", ["a"])
+        assert (taken.found, taken.elsewhere, taken.claim) == ({}, set(), None)
+        ours.release(taken)

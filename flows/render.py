@@ -27,7 +27,7 @@ from slugify import slugify
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
-from avatar_core.execution.tally import NOUNS, counted
+from avatar_core.execution.tally import counted
 from avatar_core.execution.worker import JobResult
 from avatar_core.origins import is_undecided
 from avatar_core.pipeline import begin_run
@@ -191,7 +191,7 @@ class _TaskRuns:
     def add_reused(self, reused: Mapping[str, int]) -> None:
         for stage, count in reused.items():
             if count:
-                label = f"{stage} reused · {counted(NOUNS.get(stage, 'item'), count)}"
+                label = f"{stage} reused · {counted(self._batch.stages[stage].noun, count)}"
                 self._keep(reuse.submit(label, counted("item", count)))
 
     def add(self, shard: ShardRun) -> None:

@@ -17,7 +17,7 @@ from avatar_core.execution.jobs import jobs_of
 from avatar_core.execution.schedule import Schedule, Shard
 from avatar_core.execution.settings import RunSettings
 from avatar_core.execution.shard_call import ShardCall
-from avatar_core.execution.tally import NOUNS, Tally, counted
+from avatar_core.execution.tally import Tally, counted
 from avatar_core.execution.work import Work
 from avatar_core.execution.worker import Cancellation, JobResult, Row, Worker
 from avatar_core.planning.batch import Batch
@@ -142,12 +142,12 @@ class BatchRun:
         """Whatever ends it, its shards are told to stop. May be opened again: what has been lost is to do."""
         self._workers, self._on_shard_ended = workers, on_shard_ended
         self._post = post
-        self._schedule, self._error, self.has_ended = None, None, False
+        self._schedule, self._error, self.has_ended, self._passes = None, None, False, 1
         self._cancellation = Cancellation()
         self._failed.clear()
         catalogs = {stage: results.catalog for stage, results in self.batch.results.items()}
         with Sharing(self.batch.storage, catalogs, self._settle_later) as self._sharing:
-            self._guarded(self._plan if not self.batch.is_complete else self._complete)
+            self._guarded(self._plan)
             try:
                 yield
             finally:
@@ -245,10 +245,8 @@ class BatchRun:
 
     def _grow(self) -> None:
         self.batch.grow(self._observer)
-        self._complete() if self.batch.is_complete else self._plan()
-
-    def _complete(self) -> None:
-        self._on_complete()
+        if self.batch.is_complete:
+            self._on_complete()
         self._plan()
 
     def _plan(self) -> None:
@@ -330,7 +328,7 @@ class BatchRun:
             self._post(partial(self._ended, shard, JobResult()))
             return
         self._numbers[shard.stage] += 1
-        size = counted(self._noun(shard.stage), len(sound))
+        size = counted(self.batch.stages[shard.stage].noun, len(sound))
         label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
         call = ShardCall(
             shard.stage,
@@ -345,10 +343,6 @@ class BatchRun:
             on_end=lambda outcome: self._post(partial(self._came_back, shard, outcome)),
         )
         self._submit(shard.stage, shard.queue, label, call)
-
-    def _noun(self, stage: str) -> str:
-        items = self.batch.clips.stages.get(stage)
-        return "window" if items and items.chain is not None else NOUNS.get(stage, "item")
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)
@@ -385,6 +379,8 @@ class BatchRun:
             if key in rows:
                 self.tallies[stage].count_other(rows[key])
                 self._show(stage, dict(rows[key]))
+                if rows[key]["status"] != "ok":
+                    self._failed[stage].add(key)
         self._schedule.settle(done=numbers["ok"], failed=numbers["failed"], again=numbers["free"])
 
     # --- what ended
@@ -404,6 +400,13 @@ class BatchRun:
         self._on_shard_ended(self, shard, result)
         if self.has_ended:
             return
+        try:
+            self._take_account(shard, result)
+        except AvatarError as error:  # of a store that takes no more
+            self._trouble.fatal = error
+        del self._flights[shard.id]
+
+    def _take_account(self, shard: Shard, result: JobResult) -> None:
         assert self._schedule
         flight = self._flights[shard.id]
         ended = {row["key"]: row for row in result.rows}
@@ -421,7 +424,6 @@ class BatchRun:
             failed=[flight.numbers[key] for key in not_again if key in flight.numbers],
             again=[flight.numbers[key] for key in again if key in flight.numbers],
         )
-        del self._flights[shard.id]
 
     def _find_fault(self, shard: Shard, result: JobResult, left: Sequence[ItemSpec]) -> set[str]:
         """Keys among the items `left` over that this pass will not try again."""
@@ -486,8 +488,7 @@ class BatchRun:
     def _warn_of_budget(self) -> None:
         assert self._schedule
         hours, budget_hours = self._schedule.forecast_seconds / 3600, self._settings.budget_hours
-        if budget_hours is not None and hours > budget_hours:
-            self._trouble.tell_once(
-                f"this needs about {hours:.2g} hours, budget_hours={budget_hours:g} allows a part of it",
-                self._observer.warning,
+        if self.batch.is_complete and budget_hours is not None and hours > budget_hours:
+            self._observer.warning(
+                f"this needs about {hours:.2g} hours, budget_hours={budget_hours:g} allows a part of it"
             )

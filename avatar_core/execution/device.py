@@ -58,9 +58,7 @@ class DeviceLock:
         """Who holds it, None if it is ours now. Does not wait."""
         if self._file:
             return None
-        file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-        with suppress(OSError):  # another user's
-            self._path.chmod(0o666)
+        file = self._open()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,6 +69,15 @@ class DeviceLock:
         file.flush()
         self._file = file
         return None
+
+    def _open(self) -> IO[str]:
+        # Linux may forbid O_CREAT for a file of another user in a folder for all, though it is there.
+        with suppress(FileNotFoundError):
+            return self._path.open("r+")
+        file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT), "r+")
+        with suppress(OSError):
+            self._path.chmod(0o666)
+        return file
 
     def release(self) -> None:
         if self._file:

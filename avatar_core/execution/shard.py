@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -298,7 +297,7 @@ def _verified(storage: Storage, path: str, sha256: str, owner: str) -> Path:
 def _load(stage: Stage, config: Any, files: Hashable, device: str, memory: str | None) -> Any:
     """Models stay loaded for the items that follow; the least recently used go first. `files` are those that
     the models come from."""
-    name = (stage.name, stage.version, files, _fixed_options(config), device, memory)
+    name = (stage.name, stage.version, files, stage.model_options(config), device, memory)
     if name not in _models:
         if _is_half_full(device):
             drop_models()
@@ -308,14 +307,6 @@ def _load(stage: Stage, config: Any, files: Hashable, device: str, memory: str |
             _models.popitem(last=False)
     _models.move_to_end(name)
     return _models[name]
-
-
-def _fixed_options(config: Any) -> Hashable:
-    """What neither a row nor the machine may change of a backend's options: models may be loaded by them."""
-    options = getattr(config, "backend", None)
-    if not is_dataclass(options):
-        return None
-    return tuple((f.name, repr(getattr(options, f.name))) for f in fields(options) if not f.metadata)
 
 
 def _is_half_full(device: str) -> bool:

@@ -4,17 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NOUNS = {
-    "ingest": "file",
-    "speech": "text",
-    "face": "picture",
-    "audio": "recording",
-    "text": "prompt",
-    "reference": "picture",
-    "denoise": "clip",
-    "decode": "clip",
-}
-
 
 @dataclass
 class Tally:

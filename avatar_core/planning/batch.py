@@ -57,6 +57,8 @@ class Batch:
     @property
     def num_waiting(self) -> int:
         """Rows whose clips could be planned now."""
+        if self.is_complete:
+            return 0
         return int((self.sources.known_rows() & ~self._planned).sum())
 
     def grow(self, observer: Observer) -> None:
@@ -96,7 +98,8 @@ class Batch:
             self.results[stage] = StageResults(load_catalog(self.storage, stage))
         if not by_stage.keys().isdisjoint(self.sources.stages):
             self.sources.look_again()
-            self.clips = Clips(self.clips.builder, self.clips.rows, self.clips.names)
+            builder = ClipBuilder(self.config, self.backend, self.sources)  # the old one remembers sources
+            self.clips = Clips(builder, self.clips.rows, self.clips.names)
             self._planned[:] = False
 
     def _drop_lost_videos(self, fresh: NDArray[np.bool_]) -> None:

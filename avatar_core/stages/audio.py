@@ -37,6 +37,7 @@ class AudioStageConfig:
 
 class AudioStage(BackendStage[AudioStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "audio"
+    noun = "recording"
     facts = ("batch", "options", "recordings", "segment", "fps")
     columns = pa.schema(
         {

@@ -5,7 +5,7 @@ Reading inputs, writing results, keys, resuming, counting and item errors are do
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class Item:
 
 
 class Stage(ABC):
-    """`version` is raised whenever the output changes for the same input.
+    """`version` is raised whenever the output changes for the same input; `noun` is what one item is called.
 
     `device_kind` says on whose workers its shards wait. `columns` are the stage's own manifest columns;
     `folder` is where result files go, `stages/<name>/data` if None. A shard holds no more than `max_items`,
@@ -86,6 +86,7 @@ class Stage(ABC):
     """
 
     name: str
+    noun: str = "item"
     version: int
     device_kind: DeviceKind = "cpu"
     columns: pa.Schema
@@ -97,6 +98,10 @@ class Stage(ABC):
     def weights(self, config: Any) -> tuple[str, ...]:
         """Registry names of the weights that `load` reads; they are part of the item's key."""
         return ()
+
+    def model_options(self, config: Any) -> Hashable:
+        """What `load` depends on beside the weights and their level."""
+        return None
 
     def memory_levels(self, device: str) -> tuple[str, ...]:
         """Ways to load and run, most memory first, beginning with what fits; they give equal results."""

@@ -1,7 +1,8 @@
 """What the stages of a clip share: they say which facts of it they read, and what of that they make."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -120,6 +121,13 @@ class BackendStage(ClipStage[OwnConfigT, ModelsT], Generic[OwnConfigT, OptionsT,
 
     def weights(self, config: OwnConfigT) -> tuple[str, ...]:
         return self.weight_names(config.backend)
+
+    def model_options(self, config: OwnConfigT) -> Hashable:
+        """Its options but for those that a row may set."""
+        options = config.backend
+        if not is_dataclass(options):
+            return None
+        return tuple((f.name, repr(vars(options)[f.name])) for f in fields(options) if not f.metadata)
 
     def memory_levels(self, device: str) -> tuple[str, ...]:
         if not self.has_memory_levels:

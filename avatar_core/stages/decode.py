@@ -34,6 +34,7 @@ class DecodeStageConfig:
 
 class _DecodeStage(BackendStage[DecodeStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "decode"
+    noun = "clip"
     inputs: tuple[str, ...] = ("reference", "denoise")
     facts = ("batch", "options", "picture", "footage", "recordings", "sound", "segment", "fps")
     columns = pa.schema(

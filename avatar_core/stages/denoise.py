@@ -36,6 +36,7 @@ class DenoiseStageConfig:
 
 class _DenoiseStage(BackendStage[DenoiseStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "denoise"
+    noun = "clip"
     inputs: tuple[str, ...] = ("audio", "reference")
 
     def work(self, subject: Subject) -> float:
@@ -77,6 +78,7 @@ class DenoiseStage(_DenoiseStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT])
 class ChainedDenoiseStage(_DenoiseStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     """Each window of a clip is an item of its own, and a clip goes on from the last one that was finished."""
 
+    noun = "window"
     facts = ("options", "segment", "fps", "seed", "window")
     columns = pa.schema([*_COLUMNS, *CHAIN_SCHEMA])
     max_items = 1  # each window is committed on its own

@@ -30,6 +30,7 @@ class FaceStageConfig:
 
 class FaceStage(ClipStage[FaceStageConfig, FaceDetector]):
     name = "face"
+    noun = "picture"
     version = 2
     guessed_seconds = 0.3
     facts = ("batch", "picture", "footage")

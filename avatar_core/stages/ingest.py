@@ -64,6 +64,7 @@ def source_policy(config: IngestConfig) -> SourcePolicy:
 
 class IngestStage(Stage):
     name = "ingest"
+    noun = "file"
     version = 2
     concurrency = 16
     guessed_seconds = 0.05

@@ -40,6 +40,7 @@ class ReferenceStageConfig:
 
 class _ReferenceStage(BackendStage[ReferenceStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "reference"
+    noun = "picture"
     inputs: tuple[str, ...] = ("face",)
     facts = ("batch", "options", "picture", "footage", "recordings", "fps", "boxes")
     columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})

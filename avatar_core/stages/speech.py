@@ -34,6 +34,7 @@ class SpeechConfig:
 
 class SpeechStage(Stage):
     name = "speech"
+    noun = "text"
     guessed_seconds = 5.0
     version = 1
     folder = IngestStage.folder

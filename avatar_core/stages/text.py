@@ -26,6 +26,7 @@ class TextStageConfig:
 
 class _PromptStage(BackendStage[TextStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "text"
+    noun = "prompt"
     columns = pa.schema({"prompt": pa.string(), "negative_prompt": pa.string()})
 
     def _output(self, config: TextStageConfig, tensors: Tensors) -> Output:

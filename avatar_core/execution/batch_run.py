@@ -96,7 +96,7 @@ class BatchRun:
         self._submit = submit
         self._sources_only = sources_only
         self._on_complete = on_complete
-        self._cancellation = Cancellation()
+        self._cancellation = Cancellation(cancelled)
         self._flights: dict[int, _Flight] = {}
         self._elsewhere: dict[tuple[str, str], int] = {}  # numbers of what others are at, by stage and key
         self._failed: dict[str, set[str]] = defaultdict(set)  # keys not tried again in this pass
@@ -143,7 +143,7 @@ class BatchRun:
         self._workers, self._on_shard_ended = workers, on_shard_ended
         self._post = post
         self._schedule, self._error, self.has_ended, self._passes = None, None, False, 1
-        self._cancellation = Cancellation()
+        self._cancellation = Cancellation(self._cancelled)
         self._failed.clear()
         catalogs = {stage: results.catalog for stage, results in self.batch.results.items()}
         with Sharing(self.batch.storage, catalogs, self._settle_later) as self._sharing:

@@ -95,10 +95,12 @@ class JobResult:
 
 
 class Cancellation:
-    """Asked for once, heard by every worker that has jobs of it."""
+    """Asked for once, heard by every worker that has jobs of it. `wanted` is looked at by whoever asks in a
+    thread that the coordinator waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[], bool] = lambda: False) -> None:
         self._asked = threading.Event()
+        self._wanted = wanted
         self._changing = threading.Lock()
         self._listeners: dict[object, Callable[[], None]] = {}
 
@@ -110,7 +112,7 @@ class Cancellation:
             listener()
 
     def asked(self) -> bool:
-        return self._asked.is_set()
+        return self._asked.is_set() or self._wanted()
 
     def wait(self, timeout_s: float) -> None:
         self._asked.wait(timeout_s)

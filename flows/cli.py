@@ -132,7 +132,7 @@ def plan(
     """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
     from avatar_core.planning.batch import open_batch
     from avatar_core.planning.estimate import estimate
-    from flows.rendering import take_in_sources
+    from flows.execution import take_in_sources
     from flows.stopping import stoppable
     from flows.terminal import create_view, print_plan
 

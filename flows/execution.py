@@ -10,20 +10,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
-from avatar_core.execution.batch_run import Call
+from avatar_core.execution.batch_run import Call, in_this_thread
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import run_settings, workers_for
-from avatar_core.execution.worker import JobResult
+from avatar_core.execution.worker import InProcess, JobResult
 from avatar_core.execution.worker_process import WorkerProcesses
-from avatar_core.pipeline import batch_run, finish_run
+from avatar_core.pipeline import batch_run, finish_run, take_in
 from avatar_core.planning.batch import Batch
 from avatar_core.planning.runs import RunRecord
 from avatar_core.progress import Observer
 from avatar_core.result import Result
+
+FEW_ROWS = 8
+"""For so many it does not pay to start processes that take in what they name."""
 
 
 class Line(NamedTuple):
@@ -182,6 +186,17 @@ class Execution:
                 logger.setLevel(level)
                 logger.propagate = propagate
                 logger.removeHandler(handler)
+
+
+def take_in_sources(batch: Batch, observer: Observer, cancelled: Callable[[], bool]) -> None:
+    """What the rows name, so that all clips are known. Nothing is rendered."""
+    if batch.is_complete:
+        return
+    if len(batch.clips.rows) - batch.num_planned <= FEW_ROWS:
+        take_in(batch, Coordinator({"here": InProcess(gpu=False)}), observer, cancelled, in_this_thread)
+        return
+    with workers_for(batch, replace(run_settings(batch.config), gpus=())) as workers:
+        take_in(batch, Coordinator(workers), observer, cancelled)
 
 
 class _Handler(logging.Handler):

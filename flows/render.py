@@ -37,8 +37,7 @@ from avatar_core.progress import Silent
 from avatar_core.result import Result
 from flows.alive import crash_lost_runs, mark_alive
 from flows.compose import compose_config, quoted
-from flows.execution import Execution, Line, ShardRun
-from flows.rendering import take_in_sources
+from flows.execution import Execution, Line, ShardRun, take_in_sources
 from flows.stopping import stoppable
 from tasks.shards import reuse, show_shard
 

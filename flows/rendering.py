@@ -1,8 +1,7 @@
-"""What `avatar render` and `avatar plan` do with a batch on this machine."""
+"""What `avatar render` does with a batch on this machine."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,23 +10,19 @@ from rich.console import Console
 from avatar_core.config import Config
 from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
-from avatar_core.execution.settings import has_gpu, run_settings, workers_for
+from avatar_core.execution.settings import has_gpu
 from avatar_core.execution.worker import InProcess
 from avatar_core.origins import is_undecided
-from avatar_core.pipeline import batch_run, begin_run, finish_run, take_in
-from avatar_core.planning.batch import Batch, open_batch
-from avatar_core.progress import Observer
+from avatar_core.pipeline import batch_run, begin_run, finish_run
+from avatar_core.planning.batch import open_batch
 from avatar_core.result import Result
+from flows.execution import take_in_sources
 from flows.showing import run_shown
 from flows.stopping import stoppable
 from flows.terminal import create_view
 
 if TYPE_CHECKING:
     from flows.output import Destination
-
-
-FEW_ROWS = 8
-"""For so many it does not pay to start processes that take in what they name."""
 
 
 def render_shown(
@@ -55,14 +50,3 @@ def render_shown(
             result = finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), view)
         show_alone(result)
         return result
-
-
-def take_in_sources(batch: Batch, observer: Observer, cancelled: Callable[[], bool]) -> None:
-    """What the rows name, so that all clips are known. Nothing is rendered."""
-    if batch.is_complete:
-        return
-    if len(batch.clips.rows) - batch.num_planned <= FEW_ROWS:
-        take_in(batch, Coordinator({"here": InProcess(gpu=False)}), observer, cancelled, in_this_thread)
-        return
-    with workers_for(batch, replace(run_settings(batch.config), gpus=())) as workers:
-        take_in(batch, Coordinator(workers), observer, cancelled)

@@ -46,11 +46,12 @@ def run_shown(
             result = execution.result()
         except Exception:
             if showing:
-                showing.end(stopped)
+                showing.end(stopped, was_stopped=stopped())
             raise
+        was_stopped = stopped()
         show(result)
         if showing:
-            showing.end(stopped)
+            showing.end(stopped, was_stopped=was_stopped)
         return result
 
 
@@ -111,9 +112,10 @@ class _Showing(threading.Thread):
         _check_server(self._url)
         return None
 
-    def end(self, stopped: Callable[[], bool]) -> None:
-        """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting."""
-        was_stopped, deadline_s = stopped(), time.monotonic() + REPORT_S
+    def end(self, stopped: Callable[[], bool], *, was_stopped: bool) -> None:
+        """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting, unless
+        that `was_stopped` before the work ended."""
+        deadline_s = time.monotonic() + REPORT_S
         while self.is_alive() and time.monotonic() < deadline_s and stopped() == was_stopped:
             self.join(0.2)
             if self._url is None or answers(self._url):  # None: Prefect is being imported

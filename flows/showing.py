@@ -113,8 +113,8 @@ class _Showing(threading.Thread):
         return None
 
     def end(self, stopped: Callable[[], bool], *, was_stopped: bool) -> None:
-        """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting, unless
-        that `was_stopped` before the work ended."""
+        """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting,
+        unless that `was_stopped` before the work ended."""
         deadline_s = time.monotonic() + REPORT_S
         while self.is_alive() and time.monotonic() < deadline_s and stopped() == was_stopped:
             self.join(0.2)

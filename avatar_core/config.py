@@ -217,6 +217,25 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
+def share_options(config: Any, shared: Mapping[str, Any]) -> None:
+    """In the frozen configuration of a backend, sets the options `shared` in every stage that has them.
+    Raises `ConfigError` where a stage says otherwise."""
+    for stage in dataclasses.fields(config):
+        options = getattr(config, stage.name)
+        if not dataclasses.is_dataclass(options) or isinstance(options, type):
+            continue
+        changes = {}
+        for option in dataclasses.fields(options):
+            if option.name not in shared:
+                continue
+            value, wanted = getattr(options, option.name), shared[option.name]
+            if value not in (option.default, wanted):
+                name = f"{stage.name}.{option.name}"
+                raise ConfigError(f"backend.{name}={value}: set backend.{option.name} for all stages")
+            changes[option.name] = wanted
+        object.__setattr__(config, stage.name, dataclasses.replace(options, **changes))
+
+
 def option_names(kind: Any, prefix: str = "") -> list[str]:
     """Dotted names of every option of a dataclass."""
     names = []

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from avatar_core.config import share_options
 from avatar_core.errors import ConfigError
 
 Mode = Literal["default", "parity"]
@@ -24,7 +25,6 @@ EmotionName = Literal["angry", "disgust", "fear", "happy", "neutral", "sad", "su
 Ratio = Annotated[float, Field(ge=-1, le=1)]
 MotionKey = Literal["scale", "pitch", "yaw", "roll", "t", "exp"]
 
-STAGES = ("audio", "reference", "denoise", "decode")
 CODE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "crop_scale": 2.3,
@@ -156,27 +156,12 @@ class DittoConfig:
     def __post_init__(self) -> None:
         shared = {name: getattr(self, name) for name in ("mode", "precision", "official_config", "output")}
         shared["image_size"] = self.image_size if self.output == "crop" else None
-        for stage in STAGES:
-            object.__setattr__(self, stage, _with_shared(stage, getattr(self, stage), shared))
+        share_options(self, shared)
         if self.mode == "parity" and self.reference.detector != "insightface":
             raise ConfigError(
                 f"backend.reference.detector={self.reference.detector}: mode=parity needs insightface, which "
                 "the reference uses; change one of them"
             )
-
-
-def _with_shared(stage: str, config: Any, shared: Mapping[str, Any]) -> Any:
-    changes = {}
-    for option in dataclasses.fields(config):
-        if option.name not in shared:
-            continue
-        value = getattr(config, option.name)
-        if value not in (option.default, shared[option.name]):
-            raise ConfigError(
-                f"backend.{stage}.{option.name}={value}: set backend.{option.name} for all stages"
-            )
-        changes[option.name] = shared[option.name]
-    return dataclasses.replace(config, **changes)
 
 
 def chosen(config: Any, official: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Options of the `multitalk` backend, by stage. No model library is imported here."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from avatar_core.errors import ConfigError
+from avatar_core.config import share_options
 
 Mode = Literal["default", "parity"]
 ImageSize = Annotated[int, Field(ge=48, le=960)]
@@ -125,18 +124,4 @@ class MultiTalkConfig:
     decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self) -> None:
-        for stage in ("audio", "text", "reference", "denoise", "decode"):
-            object.__setattr__(self, stage, self._shared(stage, getattr(self, stage)))
-
-    def _shared(self, stage: str, config: Any) -> Any:
-        changes = {}
-        for option in dataclasses.fields(config):
-            if option.name not in ("mode", "image_size"):
-                continue
-            value, shared = getattr(config, option.name), getattr(self, option.name)
-            if value not in (option.default, shared):
-                raise ConfigError(
-                    f"backend.{stage}.{option.name}={value}: set backend.{option.name} for all stages"
-                )
-            changes[option.name] = shared
-        return dataclasses.replace(config, **changes)
+        share_options(self, {"mode": self.mode, "image_size": self.image_size})

@@ -1,7 +1,8 @@
 """What `avatar render` does with a batch on this machine."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,16 @@ from rich.console import Console
 from avatar_core.config import Config
 from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
-from avatar_core.execution.settings import has_gpu
+from avatar_core.execution.settings import has_gpu, run_settings, workers_for
 from avatar_core.execution.worker import InProcess
 from avatar_core.origins import is_undecided
 from avatar_core.pipeline import batch_run, begin_run, finish_run
-from avatar_core.planning.batch import open_batch
+from avatar_core.planning.batch import Batch, open_batch
+from avatar_core.planning.runs import RunRecord
+from avatar_core.progress import Observer
 from avatar_core.result import Result
 from flows.execution import take_in_sources
+from flows.server import names_server
 from flows.showing import run_shown
 from flows.stopping import stoppable
 from flows.terminal import create_view
@@ -43,10 +47,43 @@ def render_shown(
         if destination:
             destination.place(batch)
         record = begin_run(batch)
-        if any(planned.to_do for planned in batch.plan().values()):
+        to_do = any(planned.to_do for planned in batch.plan().values())
+        if to_do and names_server():
             return run_shown(batch, record, view, stopped, show_alone)
-        run = batch_run(batch, record, view, stopped, in_this_thread)
-        with InProcess(gpu=has_gpu(config)) as here:
-            result = finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), view)
+        result = render_unshown(batch, record, view, stopped) if to_do else publish_again(batch, record, view)
         show_alone(result)
         return result
+
+
+def render_unshown(
+    batch: Batch, record: RunRecord, observer: Observer, cancelled: Callable[[], bool]
+) -> Result:
+    """In this thread and the processes of this machine: nothing is kept for anybody who might look on."""
+    run = batch_run(batch, record, observer, cancelled)
+
+    def drive() -> None:
+        with workers_for(batch, run_settings(batch.config)) as workers:
+            Coordinator(workers).drive(run)
+
+    with _told_once():
+        return finish_run(batch, record, drive, observer)
+
+
+def publish_again(batch: Batch, record: RunRecord, observer: Observer) -> Result:
+    """Nothing is to do, unless a stored video turns out damaged."""
+    run = batch_run(batch, record, observer, lambda: False, in_this_thread)
+    with InProcess(gpu=has_gpu(batch.config)) as here:
+        return finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), observer)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Who looks at a terminal is told of failures there; the log repeats them where all of it is wanted."""
+    logger = logging.getLogger("avatar_core.execution")
+    before = logger.level
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

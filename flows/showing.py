@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from avatar_core.errors import AvatarError, ConfigError
 from flows.execution import Execution
-from flows.server import answers, names_server, server_environment
+from flows.server import answers, server_environment
 
 if TYPE_CHECKING:
     from avatar_core.planning.batch import Batch
@@ -33,25 +33,22 @@ def run_shown(
     stopped: Callable[[], bool],
     show: Callable[["Result"], None],
 ) -> "Result":
-    """Begins the work at once; a Prefect server, where there is one, shows it from when Prefect is imported,
-    and is told of the end after `show` had the result.
+    """Begins the work at once; the Prefect server shows it from when Prefect is imported, and is told of the
+    end after `show` had the result.
 
     Raises what the work ended with, and `ConfigError` where the user's own server does not answer.
     """
     with Execution(batch, record, view, stopped) as execution:
-        showing = _Showing(execution, view) if names_server() else None
-        if showing:
-            showing.start()
+        showing = _Showing(execution, view)
+        showing.start()
         try:
             result = execution.result()
         except Exception:
-            if showing:
-                showing.end(stopped, was_stopped=stopped())
+            showing.end(stopped, was_stopped=stopped())
             raise
         was_stopped = stopped()
         show(result)
-        if showing:
-            showing.end(stopped, was_stopped=was_stopped)
+        showing.end(stopped, was_stopped=was_stopped)
         return result
 
 

@@ -78,11 +78,13 @@ class Sources(Mapping[str, Source]):
         self._number = {name: number for number, name in enumerate(self._names)}
         self._by_key = {spec.key: number for number, spec in enumerate(self._specs)}
         self._of_row = self._numbers_of(rows)
+        self._found: dict[str, Source] = {}
         self._known: NDArray[np.bool_] = np.ones(len(self._names) + 1, bool)  # the last stands for none
         self.look_again()
 
     def look_again(self) -> None:
         """Only what the store holds is known; the rest is to be taken in."""
+        self._found.clear()
         # A failure may pass when the file was mended in place, so only successes are reused.
         for stage, span in self._spans.items():
             has = self._results[stage].has
@@ -126,6 +128,11 @@ class Sources(Mapping[str, Source]):
 
     def __getitem__(self, name: str) -> Source:
         """Raises `KeyError` for a source that is not known yet."""
+        if (found := self._found.get(name)) is None:
+            found = self._found[name] = self._look_up(name)
+        return found
+
+    def _look_up(self, name: str) -> Source:
         if name in self._errors:
             return Source(error=self._errors[name])
         number = self._number[name]

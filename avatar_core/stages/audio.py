@@ -1,7 +1,7 @@
 """Audio: the recordings of a clip, decoded and turned into the features that the backend wants."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -14,7 +14,7 @@ from avatar_core.config import AudioConfig
 from avatar_core.errors import InputError, about
 from avatar_core.media.audio import loudness_db, mono_and_stereo_db
 from avatar_core.media.speakers import speaker_tracks
-from avatar_core.stages.base import Asset, Item, Output, Report, Tensors
+from avatar_core.stages.base import Item, Output, Report, Tensors
 from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT
 from avatar_core.stages.subject import Segment, Subject
 
@@ -38,7 +38,8 @@ class AudioStageConfig:
 class AudioStage(BackendStage[AudioStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     name = "audio"
     noun = "recording"
-    facts = ("batch", "options", "recordings", "segment", "fps")
+    facts = ("batch", "options", "segment", "fps")
+    reads = ("recordings",)
     columns = pa.schema(
         {
             "num_frames": pa.int64(),
@@ -58,9 +59,6 @@ class AudioStage(BackendStage[AudioStageConfig, OptionsT, ModelsT], Generic[Opti
     def configure(self, subject: Subject) -> AudioStageConfig:
         options = subject.options.by_stage.get(self.name)
         return AudioStageConfig(subject.segment, subject.fps, subject.batch.audio.silence_db, options)
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        return {"audio": subject.recordings}
 
     def work(self, subject: Subject) -> float:
         return subject.segment.duration_s

@@ -1,13 +1,13 @@
 """What the stages of a clip share: they say which facts of it they read, and what of that they make."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from avatar_core.optional_packages import hide_broken_packages
-from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Stage, Tensors
+from avatar_core.stages.base import Item, Output, Picture, Report, Stage, Tensors
 from avatar_core.stages.subject import Subject
 
 Scale = tuple[float, float]
@@ -31,7 +31,7 @@ class ClipStage(Stage, Generic[ConfigT, ModelsT]):
     """A stage after ingest. `inputs` names the stages whose results it consumes; of a chained one it gets all
     windows, in order.
 
-    `facts` names the fields of a `Subject` that `configure`, `assets`, `work` and `num_windows` read: clips
+    `facts` names what `configure` and `work` read of a `Subject`, `reads` the assets that an item gets: clips
     that are equal in those and in what they consume share an item, and no other fact can be read. The seed
     and the window, where they are among them, stand in the key by themselves, since they differ in every
     item: in the configuration they are marked as execution-only and left out of comparisons.
@@ -41,6 +41,7 @@ class ClipStage(Stage, Generic[ConfigT, ModelsT]):
 
     inputs: tuple[str, ...] = ()
     facts: tuple[str, ...]
+    reads: tuple[Literal["picture", "recordings"], ...] = ()
     chained: ClassVar[bool] = False
 
     @property
@@ -52,10 +53,6 @@ class ClipStage(Stage, Generic[ConfigT, ModelsT]):
     def configure(self, subject: Subject) -> ConfigT:
         """Raises `InputError` where the stage cannot do that."""
         ...
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        """What it reads of the store's assets, by column."""
-        return {}
 
     def work(self, subject: Subject) -> float:
         """The size of a clip's item, or of all its windows: in seconds of video or 1."""

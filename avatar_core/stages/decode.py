@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from avatar_core.media.speakers import mix_blocks
 from avatar_core.media.video import Sound, VideoWriter
-from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Tensors
+from avatar_core.stages.base import Item, Output, Picture, Report, Tensors
 from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT, tensors_of
 from avatar_core.stages.reference import load_fitted, open_fitted
-from avatar_core.stages.subject import Segment, Subject, picture_assets
+from avatar_core.stages.subject import Segment, Subject
 from avatar_core.store.keys import config_values, digest
 
 
@@ -36,7 +36,8 @@ class _DecodeStage(BackendStage[DecodeStageConfig, OptionsT, ModelsT], Generic[O
     name = "decode"
     noun = "clip"
     inputs: tuple[str, ...] = ("reference", "denoise")
-    facts = ("batch", "options", "picture", "footage", "recordings", "sound", "segment", "fps")
+    facts = ("batch", "options", "sound", "segment", "fps")
+    reads = ("picture", "recordings")
     columns = pa.schema(
         {
             "num_frames": pa.int64(),
@@ -71,9 +72,6 @@ class _DecodeStage(BackendStage[DecodeStageConfig, OptionsT, ModelsT], Generic[O
             x264_preset=video.x264_preset,
             backend=subject.options.by_stage.get(self.name),
         )
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        return {**picture_assets(subject), "audio": subject.recordings}
 
     def work(self, subject: Subject) -> float:
         return subject.segment.duration_s

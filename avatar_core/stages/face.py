@@ -1,7 +1,6 @@
 """Face: every face of a picture, or of the first frame of footage. Which of them speaks is decided by the
 stages that use them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from avatar_core.errors import about
 from avatar_core.media.face import Face, FaceDetector, align
 from avatar_core.media.footage import Footage
 from avatar_core.media.image import ImageLimits, load_image
-from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Tensors
+from avatar_core.stages.base import Item, Output, Picture, Report, Tensors
 from avatar_core.stages.clip_stage import ClipStage
-from avatar_core.stages.subject import Subject, picture_assets
+from avatar_core.stages.subject import Subject
 
 CROP_SIZE = 256
 
@@ -33,15 +32,13 @@ class FaceStage(ClipStage[FaceStageConfig, FaceDetector]):
     noun = "picture"
     version = 2
     guessed_seconds = 0.3
-    facts = ("batch", "picture", "footage")
+    facts = ("batch",)
+    reads = ("picture",)
     columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
 
     def configure(self, subject: Subject) -> FaceStageConfig:
         limits = subject.batch.input
         return FaceStageConfig(subject.batch.face.min_face, limits.max_pixels, limits.min_side)
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        return picture_assets(subject)
 
     def weights(self, config: FaceStageConfig) -> tuple[str, ...]:
         return ("mtcnn",)

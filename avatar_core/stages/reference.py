@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
@@ -14,10 +14,10 @@ from avatar_core.config import FaceConfig
 from avatar_core.media.face import Face, choose
 from avatar_core.media.footage import Footage
 from avatar_core.media.image import ImageLimits
-from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Tensors
+from avatar_core.stages.base import Item, Output, Picture, Report, Tensors
 from avatar_core.stages.clip_stage import BackendStage, ClipRules, ModelsT, OptionsT, Scale
 from avatar_core.stages.face import faces_from_tensors, load_upright
-from avatar_core.stages.subject import Subject, picture_assets
+from avatar_core.stages.subject import Subject
 
 # Ingest and face have checked the picture.
 NO_LIMITS = ImageLimits(max_pixels=sys.maxsize, min_side=2)
@@ -42,7 +42,8 @@ class _ReferenceStage(BackendStage[ReferenceStageConfig, OptionsT, ModelsT], Gen
     name = "reference"
     noun = "picture"
     inputs: tuple[str, ...] = ("face",)
-    facts = ("batch", "options", "picture", "footage", "recordings", "fps", "boxes")
+    facts = ("batch", "options", "footage", "speakers", "fps", "boxes")
+    reads = ("picture",)
     columns = pa.schema({"faces": pa.int64(), "width": pa.int64(), "height": pa.int64()})
 
     def configure(self, subject: Subject) -> ReferenceStageConfig:
@@ -50,16 +51,13 @@ class _ReferenceStage(BackendStage[ReferenceStageConfig, OptionsT, ModelsT], Gen
         return ReferenceStageConfig(
             max_side=subject.batch.video.max_side,
             fps=subject.fps if subject.footage else None,
-            speakers=len(subject.recordings),
+            speakers=subject.speakers,
             boxes=subject.boxes,
             rule=face.rule,
             required=face.required,
             min_face=face.min_face,
             backend=subject.options.by_stage.get(self.name),
         )
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        return picture_assets(subject)
 
     def _output(self, picture: Picture, faces: Sequence[Face], tensors: Tensors) -> Output:
         height, width = picture.shape[:2]

@@ -67,7 +67,6 @@ class Subject:
     seed: int
     window: int = 0
 
-
-def picture_assets(subject: Subject) -> dict[str, tuple[Asset, ...]]:
-    """For a stage whose facts are `picture` and `footage`."""
-    return {"video" if subject.footage else "image": (subject.picture,)}
+    @property
+    def speakers(self) -> int:
+        return len(self.recordings)

@@ -1,17 +1,16 @@
 """Text: the prompts of a clip, as the backend wants them; some encoders look at the picture too."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 import pyarrow as pa
 
-from avatar_core.stages.base import Asset, Item, Output, Picture, Report, Tensors
+from avatar_core.stages.base import Item, Output, Picture, Report, Tensors
 from avatar_core.stages.clip_stage import BackendStage, ModelsT, OptionsT
 from avatar_core.stages.reference import load_fitted
-from avatar_core.stages.subject import Subject, picture_assets
+from avatar_core.stages.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class TextStage(_PromptStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
 class PictureTextStage(_PromptStage[OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
     """Its encoder sees the picture."""
 
-    facts = ("batch", "options", "picture", "footage", "prompt", "negative_prompt")
+    facts = ("batch", "options", "prompt", "negative_prompt")
+    reads = ("picture",)
 
     @abstractmethod
     def encode(
@@ -74,9 +74,6 @@ class PictureTextStage(_PromptStage[OptionsT, ModelsT], Generic[OptionsT, Models
         options = subject.options.by_stage.get(self.name)
         max_side = subject.batch.video.max_side
         return TextStageConfig(subject.prompt, subject.negative_prompt, max_side, options)
-
-    def assets(self, subject: Subject) -> Mapping[str, tuple[Asset, ...]]:
-        return picture_assets(subject)
 
     def process(
         self, item: Item, config: TextStageConfig, models: ModelsT, scratch: Path, report: Report

@@ -347,7 +347,9 @@ def pipelining(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     text = f"{share:.1%} (of {', '.join(f'{each:.1%}' for each in shares)})"
     yield Figure("C", f"GPU busy, {rows} rows, shards of 8", text, "97.5 %", share >= 0.975)
     first_s, limit_s = statistics.median(firsts), statistics.median(limits)
-    yield Figure("C", "first clip, after ingest", f"{first_s:.2f} s", f"{limit_s:.2f} s", first_s <= limit_s)
+    yield Figure(
+        "C", "first clip, after its files", f"{first_s:.2f} s", f"{limit_s:.2f} s", first_s <= limit_s
+    )
     for runner in ("bare", "prefect"):
         usage = yardstick(machine, runner, "pipelining", rows, seconds)
         folder = machine.folder / f"{runner}-pipelining"
@@ -390,8 +392,9 @@ def _busy_share(calls: pd.DataFrame) -> float:
 
 
 def _first_clip(batch: StubBatch) -> tuple[float, float]:
-    """Seconds from the end of ingest to the first finished clip, and the seconds of its own stages."""
-    ingested_s = max(info.mtime for info in batch.storage.list("stages/ingest/manifests").values())
+    """Seconds from when its files were taken in to the first finished clip, and those of its own stages."""
+    manifests = batch.storage.list("stages/ingest/manifests").values()
+    ingested_s = sorted(info.mtime for info in manifests)[1]  # a picture and a recording
     first = read_calls(batch.folder, "decode").sort_values("end_s").iloc[0]
     clips = read_plan(batch.storage, list_runs(batch.storage)[-1]).set_index("decode_key", drop=False)
     clip = clips.loc[first["item"]]

@@ -192,11 +192,26 @@ def take_in_sources(batch: Batch, observer: Observer, cancelled: Callable[[], bo
     """What the rows name, so that all clips are known. Nothing is rendered."""
     if batch.is_complete:
         return
-    if len(batch.clips.rows) - batch.num_planned <= FEW_ROWS:
-        take_in(batch, Coordinator({"here": InProcess(gpu=False)}), observer, cancelled, in_this_thread)
-        return
-    with workers_for(batch, replace(run_settings(batch.config), gpus=())) as workers:
-        take_in(batch, Coordinator(workers), observer, cancelled)
+    with told_once():
+        if len(batch.clips.rows) - batch.num_planned <= FEW_ROWS:
+            here = Coordinator({"here": InProcess(gpu=False)})
+            take_in(batch, here, observer, cancelled, in_this_thread)
+            return
+        with workers_for(batch, replace(run_settings(batch.config), gpus=())) as workers:
+            take_in(batch, Coordinator(workers), observer, cancelled)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Who looks at a terminal is told of failures there; the log repeats them where all of it is wanted."""
+    logger = logging.getLogger("avatar_core.execution")
+    before = logger.level
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Handler(logging.Handler):

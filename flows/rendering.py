@@ -1,8 +1,7 @@
 """What `avatar render` does with a batch on this machine."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.planning.runs import RunRecord
 from avatar_core.progress import Observer
 from avatar_core.result import Result
-from flows.execution import take_in_sources
+from flows.execution import take_in_sources, told_once
 from flows.server import names_server
 from flows.showing import run_shown
 from flows.stopping import stoppable
@@ -65,7 +64,7 @@ def render_unshown(
         with workers_for(batch, run_settings(batch.config)) as workers:
             Coordinator(workers).drive(run)
 
-    with _told_once():
+    with told_once():
         return finish_run(batch, record, drive, observer)
 
 
@@ -74,16 +73,3 @@ def publish_again(batch: Batch, record: RunRecord, observer: Observer) -> Result
     run = batch_run(batch, record, observer, lambda: False, in_this_thread)
     with InProcess(gpu=has_gpu(batch.config)) as here:
         return finish_run(batch, record, partial(Coordinator({"here": here}).drive, run), observer)
-
-
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """Who looks at a terminal is told of failures there; the log repeats them where all of it is wanted."""
-    logger = logging.getLogger("avatar_core.execution")
-    before = logger.level
-    if not logging.getLogger().isEnabledFor(logging.INFO):
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

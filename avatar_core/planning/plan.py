@@ -147,7 +147,8 @@ def plan_sources(sources: Sources) -> dict[str, StagePlan]:
     plan = {}
     for stage in sources.stages:
         items, cached = sources.counts(stage)
-        plan[stage] = StagePlan(items, cached, sources.to_do(stage), failed=0)
+        to_do = sources.to_do(stage)
+        plan[stage] = StagePlan(items, cached, to_do, failed=items - cached - len(to_do))
     return plan
 
 

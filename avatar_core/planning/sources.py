@@ -168,11 +168,7 @@ class Sources(Mapping[str, Source]):
         policy = source_policy(ingest_config("image", config))
         stats = stat_sources([uri for _, uri in kinds.values()], policy)
         for name, (kind, uri) in kinds.items():
-            stat = stats[uri]
-            if isinstance(stat, InputError):
-                self._errors[name] = str(stat)
-            else:
-                yield name, ItemSpec(_ingest_key(stat, digests[kind]), settings[kind], source=uri)
+            yield name, ItemSpec(_ingest_key(uri, stats[uri], digests[kind]), settings[kind], source=uri)
 
     def _speech_items(self, texts: Mapping[str, Speech], config: Config) -> Iterator[tuple[str, ItemSpec]]:
         for name, speech in texts.items():
@@ -193,7 +189,10 @@ def _recording(uri: str) -> tuple[Kind, str]:
     return ("silence", uri.removeprefix(SILENCE)) if uri.startswith(SILENCE) else ("audio", uri)
 
 
-def _ingest_key(stat: SourceStat, settings: str) -> str:
-    # A server that tells no version may serve another file next time: such a source is read every time.
-    identity = [stat.uri, str(stat.size), stat.version or new_id()]
+def _ingest_key(uri: str, stat: SourceStat | InputError, settings: str) -> str:
+    if isinstance(stat, InputError):
+        identity = [uri, str(stat)]  # as for other failures of ingest, each run looks at it anew
+    else:
+        # A server that tells no version may serve another file next time: such a source is read every time.
+        identity = [stat.uri, str(stat.size), stat.version or new_id()]
     return item_key(IngestStage.name, IngestStage.version, settings, "", {"source": identity})

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from avatar_core.planning.batch import Batch
+from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.planning.plan import first_failure
 from tests.sample_rows import PREVIEW_STAGES, Rendered, open_known
 
@@ -105,3 +105,13 @@ def test_the_outlook_tells_why_clips_are_not_tried(fresh: Batch) -> None:
     assert outlook(fresh, retry_failed=True) == (1, 3, 0, {})
     retried = replace(fresh, config=replace(fresh.config, retry_failed=True))
     assert {plan.failed for plan in retried.plan().values()} == {0}
+
+
+def test_a_file_that_is_not_there_fails_like_any_other(inputs: Path, tmp_path: Path) -> None:
+    picture = str(inputs / "portrait.jpg")
+    rows = [{"image": picture, "audio": str(inputs / name)} for name in ("hello.wav", "none.wav")]
+    batch = open_known({"rows": rows, "storage": {"root": str(tmp_path)}})
+    ingest = batch.plan()["ingest"]
+    assert (ingest.items, ingest.cached, len(ingest.to_do), ingest.failed) == (3, 2, 0, 1)
+    assert "none.wav: no such file" in batch.clips.rejected[1]
+    assert len(open_batch(batch.config).plan()["ingest"].to_do) == 1  # it may be there by then

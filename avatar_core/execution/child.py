@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from avatar_core.execution.device import Device
-from avatar_core.execution.shard import one_thread, run_shard
+from avatar_core.execution.shard import Commit, one_thread, run_shard
 from avatar_core.execution.worker import Job, JobResult, Opened, Row, refusal, result_of
 from avatar_core.execution.worker_process import CancelledJobs, ChildSettings, Said
 from avatar_core.store.manifest import parquet_bytes
@@ -97,7 +97,7 @@ class _Child:
 
     def _work(self, number: int, message: bytes) -> None:
         rows: list[Row] = []
-        commits: list[Callable[[], None]] = []
+        commits: list[Commit] = []
         error: Exception | None = None
         self._told_s, self._at_last_item = 0.0, False
         job: Job = pickle.loads(message)
@@ -129,18 +129,17 @@ class _Child:
         self,
         number: int,
         job: Job,
-        commits: Sequence[Callable[[], None]],
+        commits: Sequence[Commit],
         rows: Sequence[Row],
         error: Exception | None,
     ) -> None:
         self._ending.number = number
         try:
-            for commit in commits:
-                commit()
+            attempts = [commit() for commit in commits]
         except Exception as caught:
             self.send(number, result_of(job, (), caught))
         else:
-            self.send(number, result_of(job, rows, error))
+            self.send(number, result_of(job, rows, error, attempts))
 
     def subject(self) -> tuple[int, str | None]:
         """Number and item of the job that the present thread is at; libraries' threads are with the items."""

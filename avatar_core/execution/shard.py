@@ -41,7 +41,11 @@ _MODELS_KEPT = 4
 AUTO = "auto"
 
 
-def at_once(commit: Callable[[], None]) -> None:
+Commit = Callable[[], str]
+"""Makes results count, and gives the id of the attempt that says so."""
+
+
+def at_once(commit: Commit) -> None:
     commit()
 
 
@@ -56,7 +60,7 @@ def run_shard(
     cancelled: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, int, int], None] = lambda key, done, total: None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-    commit_with: Callable[[Callable[[], None]], None] = at_once,
+    commit_with: Callable[[Commit], None] = at_once,
 ) -> list[dict[str, Any]]:
     """Process the items, commit their results in one manifest and return its rows.
 
@@ -352,16 +356,17 @@ def _failed(error: Exception, stage: Stage, spec: ItemSpec) -> dict[str, Any]:
     }
 
 
-def _commit(storage: Storage, stage: Stage, rows: list[dict[str, Any]], tensors: Mapping[str, Any]) -> None:
+def _commit(storage: Storage, stage: Stage, rows: list[dict[str, Any]], tensors: Mapping[str, Any]) -> str:
     if tensors:
         data, sha256 = write_data(storage, stage.name, pack(tensors), ".safetensors")
         for row in rows:
             if row["key"] in tensors:
                 row |= {"data": data, "sha256": sha256}
-    write_manifest(storage, stage.name, rows, stage.columns)
+    attempt = write_manifest(storage, stage.name, rows, stage.columns)
     for row in rows:
         if row["status"] == "ok":
             storage.unfinished_file(row["key"]).unlink(missing_ok=True)
+    return attempt
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class ShardCall:
     def _run(self, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
         """Until one goes wrong for good; the result has the rows of all."""
         rows: list[Row] = []
+        attempts: list[str] = []
         result = JobResult()
         listener = _Listener(on_start, self._on_progress)
         for job in jobs:
@@ -68,6 +69,7 @@ class ShardCall:
                     break
                 result = self._worker.run(job, self._item_timeout_s, self._cancellation, listener)
                 rows += result.rows
+                attempts += result.attempts
                 if not passes_by_itself(result) or attempt == self._retries:
                     break
                 log.warning("%s; trying again", result.error)
@@ -75,7 +77,7 @@ class ShardCall:
                 job = job.again(result.unfinished)
             if result.error or result.cancelled or result.busy or result.refused:
                 break
-        return replace(result, rows=tuple(rows))
+        return replace(result, rows=tuple(rows), attempts=tuple(attempts))
 
 
 class _Listener:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from avatar_core.backends.base import create_backend
 from avatar_core.errors import AvatarError, Cancelled
 from avatar_core.execution.device import Device
-from avatar_core.execution.shard import AUTO, Rows, run_shard
+from avatar_core.execution.shard import AUTO, Commit, Rows, run_shard
 from avatar_core.planning.stages import create_stages
 from avatar_core.stages.base import ItemSpec, Stage
 from avatar_core.store.keys import new_id
@@ -71,7 +71,8 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """`rows` are committed, also where there is an error; `unfinished` are the keys of the other items.
+    """`rows` are committed, also where there is an error, by the manifests of these `attempts`; some may be
+    missing, and are then found in the store. `unfinished` are the keys of the other items.
 
     `keys` names stored results that must be computed again. Where the worker `died` or `hung`, `last_item` is
     the key of the item that it worked on, None outside of any item. What it had besides, a shard that was
@@ -82,6 +83,7 @@ class JobResult:
     """
 
     rows: tuple[Row, ...] = ()
+    attempts: tuple[str, ...] = ()
     error: str | None = None
     error_type: str | None = None
     keys: tuple[str, ...] = ()
@@ -194,14 +196,15 @@ class InProcess:
         listener.on_start()
         rows: list[Row] = []
         committed: list[Row] = []
+        attempts: list[str] = []
         error: Exception | None = None
 
         def keep(row: Row) -> None:
             rows.append(row)
             listener.on_row(row)
 
-        def commit(write: Callable[[], None]) -> None:
-            write()
+        def commit(write: Commit) -> None:
+            attempts.append(write())
             committed.extend(rows)
 
         try:
@@ -222,7 +225,7 @@ class InProcess:
             )
         except Exception as caught:
             error = caught
-        return result_of(job, committed, error)
+        return result_of(job, committed, error, attempts)
 
 
 class Opened:
@@ -248,10 +251,13 @@ def refusal(job: Job) -> JobResult | None:
     )
 
 
-def result_of(job: Job, committed: Sequence[Row], error: Exception | None) -> JobResult:
+def result_of(
+    job: Job, committed: Sequence[Row], error: Exception | None, attempts: Sequence[str] = ()
+) -> JobResult:
     """How a job ended: by itself, or with this `error`."""
     done = {row["key"] for row in committed}
-    result = JobResult(tuple(committed), unfinished=tuple(i.key for i in job.items if i.key not in done))
+    unfinished = tuple(item.key for item in job.items if item.key not in done)
+    result = JobResult(tuple(committed), tuple(attempts), unfinished=unfinished)
     if error is None:
         return result
     text = " ".join(str(error).split()) or "no message"

@@ -268,6 +268,8 @@ def test_what_ends_a_shard_leaves_the_finished_items_committed(
 ) -> None:
     result = run(queue, toy_job(tmp_path, toy.nothing, act, toy.nothing))
     assert (result.error_type, result.cancelled) == (error_type, error_type == "Cancelled")
+    manifests = Path(tmp_path / "stages/denoise/manifests").iterdir()
+    assert [path.stem for path in manifests] == list(result.attempts)
     assert attempts(tmp_path, "denoise")["sha256"].tolist() == [row["sha256"] for row in result.rows]
     assert [row["key"] for row in result.rows] == ["item-0"]
     assert result.unfinished == ("item-1", "item-2")

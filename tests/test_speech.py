@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ import torch
 
 from avatar_core.backends.base import BACKENDS
 from avatar_core.backends.preview.backend import PreviewBackend
+from avatar_core.execution.batch_run import BatchRun, Call, in_a_thread
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import run_settings
+from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.media.audio import load_mono
 from avatar_core.pipeline import render
+from avatar_core.planning.batch import open_batch
 from avatar_core.result import Result
 from tests.sample_rows import PREVIEW_STAGES, RunAvatar, Watcher, flip_byte, read_video, write_picture
 from tests.speaking_program import provide
@@ -27,6 +33,7 @@ class Alone(PreviewBackend):
     max_speakers = 1
 
 
+TINY = "kokoro-tiny"
 HELLO = "Hola, buenos días."
 DIALOGUE = "(s1) Hola, amigo. (s2) Buenas tardes. (s1) Adiós."
 
@@ -53,7 +60,7 @@ def spoken(
 ) -> Result:
     table = folder / "texts.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)))
-    config = {"table": str(table), "storage": {"root": str(store)}, "tts": {"checkpoint": "kokoro-tiny"}}
+    config = {"table": str(table), "storage": {"root": str(store)}, "tts": {"checkpoint": TINY}}
     return render(config | options, watcher)
 
 
@@ -227,3 +234,25 @@ def test_an_english_voice_needs_its_tagger(
         "error: the English voice af_heart needs spaCy's model en_core_web_sm, which is not installed; "
         "run: python -m spacy download en_core_web_sm\n"
     )
+
+
+def test_texts_are_said_by_all_workers(weights: Path, folder: Path, tmp_path: Path) -> None:
+    """And one that cannot be said is a failure of that stage, like any other."""
+    rows = [one(tts_text=f"Frase {number}.") for number in range(5)] + [one(tts_text="?")]
+    batch = open_batch(
+        {"rows": [{**row, "image": str(folder / row["image"])} for row in rows], "tts": {"checkpoint": TINY}}
+        | {"storage": {"root": str(tmp_path)}}
+    )
+    watcher, said = Watcher(), []
+
+    def submit(stage: str, worker: str, label: str, call: Call) -> None:
+        said.append((stage, worker))
+        in_a_thread(stage, worker, label, call)
+
+    with WorkerProcesses(cpus=2) as workers:
+        run = BatchRun(batch, run_settings(batch.config), watcher, submit=submit, sources_only=True)
+        Coordinator(workers).drive(run)
+    assert {worker for stage, worker in said if stage == "speech"} == {"cpu-0", "cpu-1"}
+    assert Counter(row["status"] for row in speech_rows(watcher)) == {"ok": 5, "failed": 1}
+    assert (run.tallies["speech"].done, run.tallies["speech"].failed) == (5, 1)
+    assert list(batch.clips.rejected) == [5]

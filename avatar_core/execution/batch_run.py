@@ -88,6 +88,8 @@ class BatchRun:
         self.undone = 0
         """Items left by the budget."""
         self.has_ended = False
+        self.used_s = 0.0
+        """Time that it has had on the workers, as their coordinator counts it."""
         self.is_starving = False
         """Whether a worker waits, so that what is known should be planned."""
         self._settings = settings
@@ -156,6 +158,8 @@ class BatchRun:
 
     def look(self) -> None:
         """Sees what is due before work is given out."""
+        if self.has_ended:
+            return
         if not self._is_stopped and self._cancelled():
             self._is_stopped = True
         if self._is_ending:
@@ -165,7 +169,8 @@ class BatchRun:
 
     def next(self, worker: str, part: float = 1.0) -> Shard | None:
         """A shard for this worker: the `part` of one of usual length."""
-        if self._is_ending or self._schedule is None or (self._is_over_budget and self.batch.is_complete):
+        is_over = self._is_ending or (self._is_over_budget and self.batch.is_complete)
+        if self.has_ended or is_over or self._schedule is None:
             return None
         shard = self._schedule.next(worker, part)
         if shard is None or not self._exceeds_budget(shard):

@@ -28,7 +28,6 @@ class Coordinator:
     def __init__(self, workers: Mapping[str, Worker]) -> None:
         self._workers = dict(workers)
         self._runs: list[BatchRun] = []
-        self._used_s: dict[BatchRun, float] = {}
         self._in_flight: Counter[str] = Counter()
         self._resting: dict[str, float] = {}
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -51,14 +50,13 @@ class Coordinator:
         with run.opened(self._workers, self._post, self._shard_ended):
             with self._changing:
                 # A newcomer begins where the others are, and takes nothing back for when it was not there.
-                self._used_s[run] = min(self._used_s.values(), default=0.0)
+                run.used_s = min((other.used_s for other in self._runs), default=0.0)
                 self._runs.append(run)
             try:
                 yield
             finally:
                 with self._changing:
                     self._runs.remove(run)
-                    del self._used_s[run]
 
     @contextmanager
     def _lead(self) -> Iterator[bool]:
@@ -94,11 +92,12 @@ class Coordinator:
         """Whether some batch had a shard for this worker."""
         if name in self._resting:
             return False
-        part = SHARED_PART if len(self._runs) > 1 else 1.0
-        for run in sorted(self._runs, key=lambda each: self._used_s[each]):
+        runs = tuple(self._runs)
+        part = SHARED_PART if len(runs) > 1 else 1.0
+        for run in sorted(runs, key=lambda each: each.used_s):
             shard = run.next(name, part)
             if shard is not None:
-                self._used_s[run] += shard.seconds
+                run.used_s += shard.seconds
                 self._in_flight[name] += 1
                 run.start(shard)
                 return True
@@ -108,18 +107,17 @@ class Coordinator:
         self._in_flight[shard.queue] -= 1
         if result is None:
             return
-        if run in self._used_s:
-            self._used_s[run] += sum(row.get("seconds") or 0.0 for row in result.rows) - shard.seconds
+        run.used_s += sum(row.get("seconds") or 0.0 for row in result.rows) - shard.seconds
         if result.busy and shard.queue not in self._resting:
             self._resting[shard.queue] = time.monotonic() + REST_S
-            for each in self._runs:
+            for each in tuple(self._runs):
                 each.pause(shard.queue, result.busy)
 
     def _wake(self) -> None:
         now_s = time.monotonic()
         for name in [name for name, until_s in self._resting.items() if until_s <= now_s]:
             del self._resting[name]
-            for run in self._runs:
+            for run in tuple(self._runs):
                 run.resume(name)
 
     def _post(self, event: Callable[[], None], *, at_once: bool = False) -> None:

@@ -15,7 +15,7 @@ from avatar_core.execution.worker import Job, StoreAddress
 from avatar_core.execution.worker_process import WorkerProcess, WorkerProcesses
 from tests.execution import toy_backend as toy
 from tests.execution.jobs import run_job
-from tests.execution.test_coordinator import Run
+from tests.execution.runs import Run
 from tests.processes import until
 from tests.sample_rows import Rendered, Watcher, open_known, videos
 
@@ -97,54 +97,49 @@ def tiny(rendered: Rendered, root: Path) -> dict[str, object]:
     return {"table": str(rendered.table), "storage": {"root": str(root)}, "backend": backend, "limit": 1}
 
 
-@pytest.mark.drill
-def test_a_second_render_waits_for_the_gpu_and_says_so(
-    rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DeviceLock:
+    """The first pretended GPU, which somebody else has; random weights are written below `tmp_path`."""
     monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path / "weights"))
-    batch = open_known(tiny(rendered, tmp_path / "store"))
     lock = DeviceLock("pretended-0")
     assert lock.take() is None
+    return lock
 
+
+@pytest.mark.drill
+def test_a_second_render_waits_for_the_gpu_and_says_so(
+    held: DeviceLock, threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path
+) -> None:
     class Releasing(Watcher):
         def warning(self, message: str) -> None:
             super().warning(message)
-            threading.Timer(3.0, lock.release).start()
+            threading.Timer(3.0, held.release).start()
 
-    with ThreadPoolExecutor(8) as pool, WorkerProcesses(gpus=[0], pretend=True, cpus=1) as workers:
-        run = Run(pool, workers, Releasing())
-        result = run(batch)
+    with WorkerProcesses(gpus=[0], pretend=True, cpus=1) as workers:
+        run = Run(threads, workers, Releasing())
+        result = run(open_known(tiny(rendered, tmp_path / "store")))
     assert result.failures.empty
     assert len(videos(result.dataset)) == 1
-    assert run.watcher.warnings == [
-        f"gpu-0 is held by another render (process {os.getpid()}): waiting for it"
-    ]
+    holder = f"another render (process {os.getpid()})"
+    assert run.watcher.warnings == [f"gpu-0 is held by {holder}: waiting for it"]
     assert {worker for stage, worker, _ in run.submitted if stage == "denoise"} == {"gpu-0"}
 
 
 @pytest.mark.drill
 def test_a_render_that_waits_for_a_gpu_can_be_stopped(
-    rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held: DeviceLock, threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path / "weights"))
-    batch = open_known(tiny(rendered, tmp_path / "store"))
-    lock = DeviceLock("pretended-0")
-    assert lock.take() is None
-    with ThreadPoolExecutor(8) as pool, WorkerProcesses(gpus=[0], pretend=True, cpus=1) as workers:
-        run = Run(pool, workers)
+    with WorkerProcesses(gpus=[0], pretend=True, cpus=1) as workers:
+        run = Run(threads, workers)
         with pytest.raises(Cancelled):
-            run(batch, lambda: bool(run.watcher.warnings))
+            run(open_known(tiny(rendered, tmp_path / "store")), lambda: bool(run.watcher.warnings))
 
 
 @pytest.mark.drill
 def test_of_two_gpus_the_free_one_does_all(
-    rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held: DeviceLock, threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path / "weights"))
-    batch = open_known({**tiny(rendered, tmp_path / "store"), "limit": 4})
-    lock = DeviceLock("pretended-0")
-    assert lock.take() is None
-    with ThreadPoolExecutor(8) as pool, WorkerProcesses(gpus=[0, 1], pretend=True, cpus=1) as workers:
-        run = Run(pool, workers)
-        assert run(batch).failures.empty
+    with WorkerProcesses(gpus=[0, 1], pretend=True, cpus=1) as workers:
+        run = Run(threads, workers)
+        assert run(open_known({**tiny(rendered, tmp_path / "store"), "limit": 4})).failures.empty
     assert len(run.watcher.warnings) == 1

@@ -131,6 +131,11 @@ def videos(dataset: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(dataset).glob("videos/*"))}
 
 
+def only_video(result: Result) -> Path:
+    (path,) = Path(result.dataset).glob("videos/*.mp4")
+    return path
+
+
 def attempts(store: Path, stage: str) -> pd.DataFrame:
     """Every row that was ever committed for a stage."""
     paths = sorted((store / "stages" / stage / "manifests").glob("*.parquet"))

@@ -15,13 +15,13 @@ import pytest
 from avatar_core.config import Config, parse
 from avatar_core.errors import ConfigError, InputError, StoreError
 from avatar_core.pipeline import render, rerun
-from avatar_core.result import Result
 from tests.sample_rows import (
     PREVIEW_STAGES,
     Rendered,
     Watcher,
     attempts,
     expect_same,
+    only_video,
     read_video,
     render_table,
     speech,
@@ -45,11 +45,6 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
 def duration_s(recording: Path) -> float:
     with av.open(str(recording)) as container:
         return float((container.duration or 0) / av.time_base)
-
-
-def only_video(result: Result) -> Path:
-    (path,) = Path(result.dataset).glob("videos/*.mp4")
-    return path
 
 
 # --- what comes out

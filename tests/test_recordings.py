@@ -1,16 +1,14 @@
 """What becomes of long recordings, and of two in one row."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
-from avatar_core.result import Result
 from tests.sample_rows import (
     Watcher,
+    only_video,
     read_video,
     render_table,
     videos,
@@ -21,24 +19,6 @@ from tests.sample_rows import (
 pytestmark = pytest.mark.timeout(120)
 
 FPS = 25
-
-
-def read_rows(table: Path) -> list[dict[str, Any]]:
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def duration_s(recording: Path) -> float:
-    with av.open(str(recording)) as container:
-        return float((container.duration or 0) / av.time_base)
-
-
-def only_video(result: Result) -> Path:
-    (path,) = Path(result.dataset).glob("videos/*.mp4")
-    return path
-
-
-# --- long recordings
 
 
 @pytest.fixture(scope="module")

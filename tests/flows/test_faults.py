@@ -238,7 +238,7 @@ def test_ctrl_c_ends_the_waiting_for_a_killed_server(orphaned: tuple[Runs, "subp
     while "clips in" not in (line := process.stdout.readline()):
         assert line, "it ended without its result"
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=5)
+    output, _ = process.communicate(timeout=8)  # a dead server would be given ten
     assert process.returncode == 1
     assert len(runs.videos) == CLIPS
     assert "Traceback" not in output

@@ -55,7 +55,8 @@ class Clips(Sequence[Clip]):
                 for stage, new in entries.items():
                     new.add([(item.key, item.work) for item in clip.of_stage(stage)] if clip.items else [])
         rejected = [*map(self.rejected.get, range(len(self))), *errors]
-        before = (self.position, self.take, self.part, self.seed, self._nth, self._split)
+        # Typed by hand: mypy's own join of these came out as `object` in some of its runs.
+        before: list[NDArray[Any]] = [self.position, self.take, self.part, self.seed, self._nth, self._split]
         joined = [
             np.concatenate([old, np.asarray(new, old.dtype)])
             for old, new in zip(before, columns, strict=True)

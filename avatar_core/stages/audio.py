@@ -36,6 +36,7 @@ class AudioStageConfig:
 
 
 class AudioStage(BackendStage[AudioStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    config_type = AudioStageConfig
     name = "audio"
     noun = "recording"
     facts = ("batch", "options", "segment", "fps")

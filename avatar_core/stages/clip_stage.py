@@ -28,8 +28,8 @@ ModelsT = TypeVar("ModelsT")
 
 
 class ClipStage(Stage, Generic[ConfigT, ModelsT]):
-    """A stage after ingest. `inputs` names the stages whose results it consumes; of a chained one it gets all
-    windows, in order.
+    """A stage after ingest. `config_type` is the dataclass that `configure` gives. `inputs` names the stages
+    whose results it consumes; of a chained one it gets all windows, in order.
 
     `facts` names what `configure` and `work` read of a `Subject`, `reads` the assets that an item gets: clips
     that are equal in those and in what they consume share an item, and no other fact can be read. The seed
@@ -39,6 +39,7 @@ class ClipStage(Stage, Generic[ConfigT, ModelsT]):
     A `chained` stage works in windows, each of which continues the one before, and consumes its own result.
     """
 
+    config_type: ClassVar[type]
     inputs: tuple[str, ...] = ()
     facts: tuple[str, ...]
     reads: tuple[Literal["picture", "recordings"], ...] = ()

@@ -33,6 +33,7 @@ class DecodeStageConfig:
 
 
 class _DecodeStage(BackendStage[DecodeStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    config_type = DecodeStageConfig
     name = "decode"
     noun = "clip"
     inputs: tuple[str, ...] = ("reference", "denoise")

@@ -35,6 +35,7 @@ class DenoiseStageConfig:
 
 
 class _DenoiseStage(BackendStage[DenoiseStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    config_type = DenoiseStageConfig
     name = "denoise"
     noun = "clip"
     inputs: tuple[str, ...] = ("audio", "reference")

@@ -28,6 +28,7 @@ class FaceStageConfig:
 
 
 class FaceStage(ClipStage[FaceStageConfig, FaceDetector]):
+    config_type = FaceStageConfig
     name = "face"
     noun = "picture"
     version = 2

@@ -39,6 +39,7 @@ class ReferenceStageConfig:
 
 
 class _ReferenceStage(BackendStage[ReferenceStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    config_type = ReferenceStageConfig
     name = "reference"
     noun = "picture"
     inputs: tuple[str, ...] = ("face",)

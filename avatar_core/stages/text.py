@@ -24,6 +24,7 @@ class TextStageConfig:
 
 
 class _PromptStage(BackendStage[TextStageConfig, OptionsT, ModelsT], Generic[OptionsT, ModelsT]):
+    config_type = TextStageConfig
     name = "text"
     noun = "prompt"
     columns = pa.schema({"prompt": pa.string(), "negative_prompt": pa.string()})

@@ -147,6 +147,7 @@ class RuntimeConfig:
     `cpus` is the number of processes for the rest (None: one per usable core). `memory` is the level at
     which the models of a backend that has levels are loaded; where it runs out, the next lower one is tried.
     A GPU that had nothing to do for `idle_s` is let go, so that another render of this machine can have it.
+    Where renders share the queues of a server, shards of higher `priority` are taken first.
     """
 
     __pydantic_config__ = _STRICT
@@ -156,6 +157,7 @@ class RuntimeConfig:
     memory: str = "auto"
     item_timeout_s: Positive = 1800.0
     idle_s: Positive = 60.0
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
     retries: Annotated[int, Field(ge=0)] = 2
     cache_dir: Place | None = None
     cache_bytes: Annotated[int, Field(gt=0)] = 20 * 1024**3

@@ -64,10 +64,11 @@ def rerun(
     return render(rerun_config(config, run, stage=stage, only_failed=only_failed), observer, cancelled)
 
 
-def begin_run(batch: Batch) -> RunRecord:
+def begin_run(batch: Batch, *, elsewhere: bool = False) -> RunRecord:
     """Write down what is asked, before any work. Raises `ConfigError` where the work cannot be done on this
-    machine, or clips of another table would be lost."""
-    check_gpus(batch)
+    machine, unless it is done `elsewhere`, or clips of another table would be lost."""
+    if not elsewhere:
+        check_gpus(batch)
     if not is_undecided(batch):
         check_origin(batch)
     backend = {"name": batch.backend.name, **asdict(batch.backend.config)}

@@ -81,7 +81,7 @@ def ingest_seconds(config: Mapping[str, Any]) -> float:
         batch = open_batch(config)
     else:
         from avatar_core.progress import Silent
-        from flows.execution import take_in_sources
+        from flows.sources import take_in_sources
 
         batch = open_batch(config)
         take_in_sources(batch, Silent(), lambda: False)

@@ -132,7 +132,7 @@ def plan(
     """Say what is cached, what is to do, which rows are rejected, and what it will cost."""
     from avatar_core.planning.batch import open_batch
     from avatar_core.planning.estimate import estimate
-    from flows.execution import take_in_sources
+    from flows.sources import take_in_sources
     from flows.stopping import stoppable
     from flows.terminal import create_view, print_plan
 
@@ -382,7 +382,7 @@ def main() -> None:
         elif problem := streams.output_problem():
             _print_error(f"standard output takes no more: {problem.strerror or problem}")
             code = code or streams.EXIT_NOT_SHOWN
-    if (showing := sys.modules.get("flows.showing")) and showing.is_left_behind():
+    if (served := sys.modules.get("flows.served")) and served.is_left_behind():
         os._exit(code)
     sys.exit(code)
 

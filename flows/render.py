@@ -1,69 +1,51 @@
-"""The flow that renders a batch: `avatar render` runs it, and so does every Prefect deployment."""
+"""The flow that renders a batch: it opens the batch, fans its shards out as tasks, and publishes the dataset.
 
-import contextvars
-import json
-import logging
+`avatar render` runs it where there is a server, and so does every deployment. What there is to do is decided
+by the one coordinator; who does it are the lanes of the server's GPU queues, and children of this machine.
+"""
+
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pyarrow.compute as pc
-from prefect import flow, get_client, runtime
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import ArtifactUpdate
+from prefect import flow, runtime
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture, wait
-from prefect.logging import get_run_logger
 from prefect.states import Cancelled as CancelledState
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
-from slugify import slugify
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
-from avatar_core.execution.tally import counted
-from avatar_core.execution.worker import JobResult
+from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.settings import check_gpus, run_settings, workers_for
+from avatar_core.execution.worker import Worker
 from avatar_core.origins import is_undecided
-from avatar_core.pipeline import begin_run
-from avatar_core.planning.batch import Batch, open_batch, open_storage
+from avatar_core.pipeline import batch_run, begin_run, finish_run
+from avatar_core.planning.batch import open_batch, open_storage
 from avatar_core.planning.runs import find_run
-from avatar_core.progress import Silent
 from avatar_core.result import Result
-from flows.alive import crash_lost_runs, mark_alive
+from flows.alive import mark_alive
 from flows.compose import compose_config, quoted
-from flows.execution import Execution, Line, ShardRun, take_in_sources
+from flows.fan_out import FanOut, results_in
+from flows.placement import lanes_for
+from flows.run_pages import LogObserver, RunPages, logs_shown
+from flows.sources import take_in_sources
 from flows.stopping import stoppable
-from tasks.shards import reuse, show_shard
+from flows.work import Work, work_at_hand
+from tasks.shard import StoreFiles
 
-log = logging.getLogger(__name__)
-
-UPDATE_INTERVAL_S = 2.0
-MAX_SHOWN_AT_ONCE = 32  # task runs; each takes a thread until its shard has ended
-SETTLE_S = 15.0  # without a word from the last task runs
-FAILURES_SHOWN = 500
-
-_handed_over: ContextVar[Execution | None] = ContextVar("handed_over", default=None)
-
-
-@contextmanager
-def handed_over(execution: Execution) -> Iterator[None]:
-    """`render_dataset` within shows this work, whatever its parameters say."""
-    token = _handed_over.set(execution)
-    try:
-        yield
-    finally:
-        _handed_over.reset(token)
+MAX_AT_ONCE = 1000
+"""Tasks; each takes a thread until its shard has ended."""
 
 
 @flow(
     name="render-dataset",
-    task_runner=ThreadPoolTaskRunner(max_workers=MAX_SHOWN_AT_ONCE),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_AT_ONCE),  # type: ignore[arg-type]
     persist_result=False,
 )
 def render_dataset(
@@ -81,11 +63,8 @@ def render_dataset(
     mark_alive(runtime.flow_run.id, runtime.flow_run.run_count)
     with _stop_signals() as stopped:
         try:
-            if execution := _handed_over.get():
-                execution.stop_when(stopped)
-                return _show(execution)
-            with _opened(_config(table, overrides or [], run, config_dir), stopped) as execution:
-                return _show(execution)
+            work = work_at_hand() or _opened(_config(table, overrides or [], run, config_dir), stopped)
+            return _render(work)
         except Cancelled as ending:
             return CancelledState(message=f"{ending}; what is finished is kept, a retry goes on from here")
 
@@ -111,29 +90,60 @@ def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
     return {"table": table, "overrides": [f"storage.root={quoted(root)}"], "run": run_id}
 
 
-def _opened(config: Config, cancelled: Callable[[], bool]) -> Execution:
+def _opened(config: Config, cancelled: Callable[[], bool]) -> Work:
     observer = LogObserver()
     batch = open_batch(config, observer)
     if is_undecided(batch):
         take_in_sources(batch, observer, cancelled)
-    return Execution(batch, begin_run(batch), observer, cancelled)
+    return Work(batch, begin_run(batch, elsewhere=True), observer, cancelled)
 
 
-def _show(execution: Execution) -> State[Any]:
-    """Until the work has ended, and with what came of it."""
-    shown = _TaskRuns(execution.batch)
-    shown.add_reused(execution.reused)
-    with _Monitor(execution):
-        for news in execution.news():
-            if isinstance(news, ShardRun):
-                shown.add(news)
-            else:
-                _log_to_run([news])
-        result = execution.result()
-    shown.settle()
-    with _not_vital():
-        _show_result(execution.batch.name, result)
-    return _final_state(result, execution.run.undone)
+def _render(work: Work) -> State[Any]:
+    batch = work.batch
+    stopped = threading.Event()
+    fan_out = FanOut(batch)
+    run = batch_run(
+        batch, work.record, work.observer, lambda: stopped.is_set() or work.cancelled(), fan_out.submit
+    )
+    try:
+        with (
+            logs_shown(run),
+            RunPages(work, run, stopped.set) as pages,
+            results_in(StoreFiles(batch.storage)),
+        ):
+            fan_out.reuse({stage: plan.cached for stage, plan in batch.plan().items()})
+            with _workers(work) as coordinator:
+                result = finish_run(batch, work.record, lambda: coordinator.drive(run), work.observer)
+            work.outcome.set_result(result)
+            fan_out.settle()
+            pages.show(result)
+    except BaseException as error:
+        work.fail(error)
+        raise
+    return _final_state(result, run.undone)
+
+
+@contextmanager
+def _workers(work: Work) -> Iterator[Coordinator]:
+    """The lanes of the server's GPU queues, if any serves this batch, and children of this machine."""
+    batch, settings = work.batch, run_settings(work.batch.config)
+    joining: list[tuple[str, Worker]] = []
+    coordinator: Coordinator | None = None
+
+    def join(name: str, lane: Worker) -> None:
+        if coordinator is None:
+            joining.append((name, lane))
+        else:
+            coordinator.join(name, lane)
+
+    with lanes_for(work, join) as lanes:
+        if lanes is not None:
+            settings = replace(settings, gpus=())
+        else:
+            check_gpus(batch)
+        with workers_for(batch, settings) as children:
+            coordinator = Coordinator({**children, **dict(joining)})
+            yield coordinator
 
 
 def _final_state(result: Result, undone: int) -> State[Any]:
@@ -154,168 +164,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             yield stopped
     else:
         yield lambda: False
-
-
-# --- what Prefect shows
-
-
-class LogObserver(Silent):
-    """Where no terminal looks on, the log tells what the tables do not; failures are logged in any case."""
-
-    def __init__(self) -> None:
-        self._logger = get_run_logger()
-
-    def warning(self, message: str) -> None:
-        self._logger.warning("%s", message)
-
-
-def _log_to_run(lines: Iterable[Line]) -> None:
-    logger = get_run_logger()
-    for line in lines:
-        logger.log(line.level, "%s", line.text)
-
-
-class _TaskRuns:
-    """Those still on their way to the server when the flow returns would be cancelled: `settle` first.
-
-    They have no tags: before a task run with tags begins, Prefect asks the server whether these are limited.
-    Where it is away, each waits a minute after the one before, long after the work has ended.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._open: set[PrefectFuture[Any]] = set()
-        self._unread: set[ShardRun] = set()
-
-    def add_reused(self, reused: Mapping[str, int]) -> None:
-        for stage, count in reused.items():
-            if count:
-                label = f"{stage} reused · {counted(self._batch.stages[stage].noun, count)}"
-                self._keep(reuse.submit(label, counted("item", count)))
-
-    def add(self, shard: ShardRun) -> None:
-        def until_it_ends() -> State[Any]:
-            self._unread.discard(shard)
-            _log_to_run(shard.lines())
-            return self._state(shard.stage, shard.result())
-
-        self._unread.add(shard)
-        self._keep(show_shard.submit(f"{shard.label} · {shard.worker}", until_it_ends))
-
-    def settle(self) -> None:
-        before = 0
-        while self._open and len(self._open) != before:
-            before = len(self._open)
-            wait(list(self._open), timeout=SETTLE_S)
-        for shard in list(self._unread):  # the server was away
-            _log_to_run(shard.lines())
-
-    def _state(self, stage: str, result: JobResult) -> State[Any]:
-        failed = [row for row in result.rows if row["status"] == "failed"]
-        if result.cancelled:
-            return CancelledState(message=f"{counted('item', len(result.rows))} kept")
-        if result.error:
-            return Failed(message=result.error)
-        if failed:
-            name, error = self._batch.label(stage, failed[0]["key"]), failed[0]["error"]
-            return Failed(message=f"{name}: {error} ({len(failed)} of {len(result.rows)} items failed)")
-        return Completed(message=counted("item", len(result.rows)))
-
-    def _keep(self, future: PrefectFuture[Any]) -> None:
-        self._open.add(future)
-        future.add_done_callback(self._open.discard)
-
-
-@contextmanager
-def _not_vital() -> Iterator[None]:
-    """A server that is away costs its pages, not the run."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("the Prefect server was not told: %s", error)
-
-
-def _show_result(name: str, result: Result) -> None:
-    failures = result.failures.head(FAILURES_SHOWN)
-    if len(failures):
-        columns = ["name", "row", "failed_stage", "error"]
-        shown = failures[columns].assign(row=failures["row"] + 1)  # as `avatar status` counts
-        table = json.loads(shown.to_json(orient="records"))
-        create_table_artifact(
-            table, f"{_key(name)}-failures", f"{len(result.failures)} of {len(result.clips)} clips failed"
-        )
-    finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
-    text = f"{finished} of {len(result.clips)} clips are in\n\n`{result.dataset}`\n"
-    create_markdown_artifact(text, f"{_key(name)}-dataset", f"dataset {name}")
-
-
-def _key(name: str) -> str:
-    """Artifact keys hold small ASCII letters, digits and dashes only."""
-    return slugify(name) or "dataset"
-
-
-class _Monitor:
-    """Beside the run: gives it its name, shows its progress and hears of a cancellation.
-
-    In a thread of its own, so that a slow or absent server keeps nothing else waiting.
-    """
-
-    def __init__(self, execution: Execution) -> None:
-        self._execution = execution
-        self._name = execution.batch.name
-        self._over = threading.Event()
-        self._flow_run_id = UUID(runtime.flow_run.id)
-        self._progress_id: Any = None
-        self._table_id: Any = None
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._watch,), daemon=True)
-
-    def __enter__(self) -> "_Monitor":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        with get_client(sync_client=True) as client:
-            over = False
-            while not over:
-                with _not_vital():
-                    if self._table_id is None:
-                        self._introduce(client)
-                    else:
-                        self._update(client)
-                over = self._over.wait(UPDATE_INTERVAL_S)
-            with _not_vital():
-                self._update(client)
-
-    def _introduce(self, client: SyncPrefectClient) -> None:
-        crash_lost_runs()
-        client.update_flow_run(self._flow_run_id, name=self._execution.run_id)
-        self._progress_id = create_progress_artifact(
-            0.0, f"{_key(self._name)}-progress", "percent of the expected time"
-        )
-        self._table_id = create_table_artifact(self._table(), f"{_key(self._name)}-stages", "items by stage")
-
-    def _update(self, client: SyncPrefectClient) -> None:
-        state = client.read_flow_run(self._flow_run_id).state
-        if state and (state.is_cancelling() or state.is_cancelled()):
-            self._execution.stop()
-        percent = round(100 * self._execution.run.progress, 1)
-        client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
-        client.update_artifact(self._table_id, ArtifactUpdate(data=json.dumps(self._table())))
-
-    def _table(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "stage": stage,
-                "items": tally.items,
-                "cached": tally.cached,
-                "done": tally.done,
-                "failed": tally.failed,
-                "seconds": round(tally.seconds, 1),
-            }
-            for stage, tally in list(self._execution.run.tallies.items())
-        ]

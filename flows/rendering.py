@@ -18,11 +18,12 @@ from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.planning.runs import RunRecord
 from avatar_core.progress import Observer
 from avatar_core.result import Result
-from flows.execution import take_in_sources, told_once
+from flows.served import render_served
 from flows.server import names_server
-from flows.showing import run_shown
+from flows.sources import take_in_sources, told_once
 from flows.stopping import stoppable
 from flows.terminal import create_view
+from flows.work import Work
 
 if TYPE_CHECKING:
     from flows.output import Destination
@@ -45,10 +46,11 @@ def render_shown(
             take_in_sources(batch, view, stopped)
         if destination:
             destination.place(batch)
-        record = begin_run(batch)
         to_do = any(planned.to_do for planned in batch.plan().values())
-        if to_do and names_server():
-            return run_shown(batch, record, view, stopped, show_alone)
+        is_served = to_do and names_server()
+        record = begin_run(batch, elsewhere=is_served)
+        if is_served:
+            return render_served(Work(batch, record, view, stopped), view, stopped, show_alone)
         result = render_unshown(batch, record, view, stopped) if to_do else publish_again(batch, record, view)
         show_alone(result)
         return result

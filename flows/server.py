@@ -61,7 +61,7 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        return _start_of(self.pid) == self.started
+        return process_start(self.pid) == self.started
 
 
 def state_folder() -> Path:
@@ -173,7 +173,7 @@ def _launch(host: str, port: int) -> Server:
             stderr=log,
             start_new_session=True,
         )
-    server = Server(process.pid, _start_of(process.pid) or "", address)
+    server = Server(process.pid, process_start(process.pid) or "", address)
     try:
         fresh = folder / "server.json.new"
         fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")
@@ -285,7 +285,7 @@ def _changing() -> Iterator[None]:
         yield
 
 
-def _start_of(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Boot and clock tick at which a process started; None if it has ended."""
     try:
         # The name in brackets may hold spaces; state and start time are fields 3 and 22.

@@ -34,11 +34,8 @@ log = logging.getLogger(__name__)
 MAX_PASSES = 3
 """How often damaged results are computed again before the store itself must be at fault."""
 
-Call = Callable[[Callable[[], None]], JobResult]
-"""`call(on_start)` waits for a shard; `on_start` is called when its turn on the worker has come."""
-Submit = Callable[[str, str, str, Call], None]
-"""`submit(stage, worker, label, call)` has `call` made, in a thread of its own unless the worker works in the
-thread that calls it."""
+Submit = Callable[[ShardCall], None]
+"""Has the call made, in a thread of its own unless the worker works in the thread that calls it."""
 
 
 class Post(Protocol):
@@ -48,12 +45,12 @@ class Post(Protocol):
 OnShardEnded = Callable[["BatchRun", Shard, JobResult | None], None]
 
 
-def in_a_thread(stage: str, worker: str, label: str, call: Call) -> None:
-    threading.Thread(target=call, args=(lambda: None,), name=label, daemon=True).start()
+def in_a_thread(call: ShardCall) -> None:
+    threading.Thread(target=call, name=call.label, daemon=True).start()
 
 
-def in_this_thread(stage: str, worker: str, label: str, call: Call) -> None:
-    call(lambda: None)
+def in_this_thread(call: ShardCall) -> None:
+    call()
 
 
 @dataclass
@@ -202,14 +199,19 @@ class BatchRun:
         elif is_stuck:
             self._end()
 
-    def pause(self, worker: str, holder: str) -> None:
+    def pause(self, worker: str, reason: str) -> None:
         if self._schedule:
             self._schedule.pause(worker)
-            self._trouble.tell_once(f"{worker} is held by {holder}: waiting for it", self._observer.warning)
+            self._trouble.tell_once(f"{worker} {reason}", self._observer.warning)
 
     def resume(self, worker: str) -> None:
         if self._schedule and worker not in self._trouble.given_up_workers:
             self._schedule.resume(worker)
+
+    def join(self, worker: str) -> None:
+        """One more among the workers that it was opened with."""
+        if self._schedule:
+            self._schedule.add_queue(worker, self._workers[worker].kind, self._workers[worker].capacity)
 
     @property
     def _is_ending(self) -> bool:
@@ -337,7 +339,9 @@ class BatchRun:
         label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
         call = ShardCall(
             shard.stage,
+            label,
             jobs_of(self.batch, shard.stage, sound, apart=self._trouble.deaths),
+            shard.queue,
             self._workers[shard.queue],
             sharing=self._sharing,
             cancellation=self._cancellation,
@@ -347,7 +351,7 @@ class BatchRun:
             on_progress=partial(self._progressed, shard.stage),
             on_end=lambda outcome: self._post(partial(self._came_back, shard, outcome)),
         )
-        self._submit(shard.stage, shard.queue, label, call)
+        self._submit(call)
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)

@@ -30,6 +30,7 @@ class Coordinator:
         self._runs: list[BatchRun] = []
         self._in_flight: Counter[str] = Counter()
         self._resting: dict[str, float] = {}
+        self._away: set[str] = set()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._changing = threading.Lock()
         self._leading = threading.Lock()
@@ -45,6 +46,15 @@ class Coordinator:
                         self._turn()
         run.raise_error()
 
+    def join(self, name: str, worker: Worker) -> None:
+        """From any thread, at any time; a worker that leaves is `unavailable` from then on."""
+        self._post(lambda: self._join(name, worker))
+
+    def _join(self, name: str, worker: Worker) -> None:
+        self._workers[name] = worker
+        for run in tuple(self._runs):
+            run.join(name)
+
     @contextmanager
     def _opened(self, run: BatchRun) -> Iterator[None]:
         with run.opened(self._workers, self._post, self._shard_ended):
@@ -52,6 +62,8 @@ class Coordinator:
                 # A newcomer begins where the others are, and takes nothing back for when it was not there.
                 run.used_s = min((other.used_s for other in self._runs), default=0.0)
                 self._runs.append(run)
+            for name in tuple(self._away):
+                run.pause(name, self._workers[name].unavailable or "is away")
             try:
                 yield
             finally:
@@ -73,12 +85,13 @@ class Coordinator:
     def _turn(self) -> None:
         runs = tuple(self._runs)
         self._wake()
+        self._look_at_workers()
         for run in runs:
             run.look()
         for name in self._workers:
             while self._in_flight[name] < self._workers[name].capacity and self._give(name):
                 pass
-        idle = not self._in_flight.total() and not self._resting
+        idle = not self._in_flight.total() and not self._resting and not self._away
         for run in runs:
             run.is_starving = any(not self._in_flight[name] for name in self._workers)
             run.settle(is_stuck=idle)
@@ -90,7 +103,7 @@ class Coordinator:
 
     def _give(self, name: str) -> bool:
         """Whether some batch had a shard for this worker."""
-        if name in self._resting:
+        if name in self._resting or name in self._away:
             return False
         runs = tuple(self._runs)
         part = SHARED_PART if len(runs) > 1 else 1.0
@@ -111,12 +124,27 @@ class Coordinator:
         if result.busy and shard.queue not in self._resting:
             self._resting[shard.queue] = time.monotonic() + REST_S
             for each in tuple(self._runs):
-                each.pause(shard.queue, result.busy)
+                each.pause(shard.queue, f"is held by {result.busy}: waiting for it")
 
     def _wake(self) -> None:
         now_s = time.monotonic()
         for name in [name for name, until_s in self._resting.items() if until_s <= now_s]:
             del self._resting[name]
+            self._resume(name)
+
+    def _look_at_workers(self) -> None:
+        for name, worker in self._workers.items():
+            reason = worker.unavailable
+            if reason and name not in self._away:
+                self._away.add(name)
+                for run in tuple(self._runs):
+                    run.pause(name, reason)
+            elif not reason and name in self._away:
+                self._away.remove(name)
+                self._resume(name)
+
+    def _resume(self, name: str) -> None:
+        if name not in self._resting and name not in self._away:
             for run in tuple(self._runs):
                 run.resume(name)
 

@@ -93,7 +93,7 @@ def _read_items(backend: Mapping[str, Any], stage_name: str, values: list[Any]) 
 
 
 def _read_item(stage: ClipStage[Any, Any], options: Any, values: dict[str, Any]) -> ItemSpec:
-    config = parse(stage.config_type, values["config"])
+    config: Any = parse(stage.config_type, values["config"])
     if options is not None and getattr(config, "backend", None) is not None:
         config = replace(config, backend=parse(type(options), config.backend))
     inputs = {name: tuple(keys) for name, keys in values["inputs"].items()}

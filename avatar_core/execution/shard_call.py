@@ -23,7 +23,9 @@ class ShardCall:
     def __init__(
         self,
         stage: str,
+        label: str,
         jobs: Sequence[Job],
+        worker_name: str,
         worker: Worker,
         *,
         sharing: Sharing,
@@ -34,20 +36,21 @@ class ShardCall:
         on_progress: Callable[[str, int, int], None],
         on_end: Callable[[JobResult | BaseException], None],
     ) -> None:
-        self._stage, self._jobs, self._worker = stage, jobs, worker
+        self.stage, self.label, self.jobs, self.worker_name = stage, label, jobs, worker_name
+        self._worker = worker
         self._sharing, self._cancellation = sharing, cancellation
         self._retries, self._item_timeout_s = retries, item_timeout_s
         self._on_taken, self._on_progress, self._on_end = on_taken, on_progress, on_end
 
-    def __call__(self, on_start: Callable[[], None]) -> JobResult:
+    def __call__(self, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """`on_start` is called when its turn on the worker has come. The result has others' rows too."""
         try:
-            keys = [item.key for job in self._jobs for item in job.items]
-            taken = self._sharing.take(self._stage, keys, _continued(self._jobs))
+            keys = [item.key for job in self.jobs for item in job.items]
+            taken = self._sharing.take(self.stage, keys, _continued(self.jobs))
             try:
                 if taken.others:
                     self._on_taken(taken)
-                result = self._run(_left(self._jobs, taken), on_start)
+                result = self._run(_left(self.jobs, taken), on_start)
             finally:
                 self._sharing.release(taken)
         except BaseException as error:

@@ -163,6 +163,11 @@ class Worker(Protocol):
     kind: WorkerKind
     capacity: int
 
+    @property
+    def unavailable(self) -> str | None:
+        """Why it should be given nothing for now; what it has been given goes on or comes back."""
+        ...
+
     def run(
         self, job: Job, item_timeout_s: float, cancellation: Cancellation, listener: Listener
     ) -> JobResult:
@@ -179,6 +184,7 @@ class InProcess:
 
     kind: WorkerKind = "cpu"
     capacity = 1
+    unavailable = None
 
     def __init__(self, *, gpu: bool) -> None:
         self._device = Device(gpu=gpu)

@@ -80,6 +80,7 @@ class WorkerProcess:
     """
 
     capacity = 2
+    unavailable = None
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class WorkerProcesses(Mapping[str, WorkerProcess]):
         cpus: int = 1,
         idle_s: float = RuntimeConfig.idle_s,
     ) -> None:
-        devices = {f"gpu-{gpu}": str(gpu) if pretend else _visible_device(gpu) for gpu in gpus}
+        devices = {f"gpu-{gpu}": str(gpu) if pretend else visible_device(gpu) for gpu in gpus}
         on_gpus = {
             name: WorkerProcess(name, device, pretend=pretend, idle_s=idle_s)
             for name, device in devices.items()
@@ -414,7 +415,7 @@ class _Talk:
     answers: SimpleQueue[Any] = field(default_factory=SimpleQueue)
 
 
-def _visible_device(gpu: int) -> str:
+def visible_device(gpu: int) -> str:
     """A position among this process's devices as the CUDA libraries name it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not visible:

@@ -223,9 +223,14 @@ def _digest(data: bytes | Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def names_secret(option: str) -> bool:
+    """Whether the value of an option of this name must not be shown."""
+    return bool(_SECRET_NAME.search(option))
+
+
 def _secret_texts(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secret_texts(value)
-        elif isinstance(value, str) and len(value) >= 4 and _SECRET_NAME.search(name):
+        elif isinstance(value, str) and len(value) >= 4 and names_secret(name):
             yield value

@@ -47,6 +47,7 @@ __all__ = [
     "locate",
     "part_names",
     "present",
+    "present_entries",
     "provenance",
     "record_conversion",
     "remedy",
@@ -90,6 +91,11 @@ def present(name: str) -> bool:
     if names := _required(name):
         return all(present(each) for each in names)
     return not _find(name).missing or converted(name) is not None
+
+
+def present_entries() -> list[str]:
+    """All of the registry that are present."""
+    return [name for name in load_registry() if present(name)]
 
 
 def remedy(name: str) -> str:

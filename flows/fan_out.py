@@ -1,0 +1,92 @@
+"""Shards as Prefect tasks: each waits for those whose manifests it reads, so that the graph of a run shows
+how its videos came about."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import allow_failure
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture, wait
+
+from avatar_core.execution.shard_call import ShardCall
+from avatar_core.execution.tally import counted
+from avatar_core.planning.batch import Batch
+from tasks.by_stage import task_of
+from tasks.shard import Reused, Shard, StoreFiles, cache_key, keep_result
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 15.0
+"""Without a word from the last tasks."""
+
+
+class FanOut:
+    """To be made within the flow, in the thread that submits."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._open: set[PrefectFuture[Any]] = set()
+        self._made_by: dict[tuple[str, str], PrefectFuture[Any]] = {}  # stage and key
+        self._reused: dict[str, PrefectFuture[Any]] = {}
+
+    def reuse(self, found: Mapping[str, int]) -> None:
+        """So many items of each stage are in the store already: one task that Prefect finds cached."""
+        for stage, count in found.items():
+            if count and stage not in self._reused:
+                label = f"{stage} reused · {counted(self._batch.stages[stage].noun, count)}"
+                key = cache_key(stage, [self._batch.storage.uri, str(count)])
+                keep_result(key, {"items": count})
+                self._reused[stage] = self._submitted(stage, Reused(stage, key, label), [])
+
+    def submit(self, call: ShardCall) -> None:
+        upstream: dict[PrefectFuture[Any], None] = {}
+        for stage, key in _consumed(call):
+            future = self._made_by.get((stage, key)) or self._reused.get(stage)
+            if future is not None:
+                upstream[future] = None
+        shard = Shard(call, self._batch.storage.uri, self._batch.label)
+        future = self._submitted(call.stage, shard, list(upstream))
+        for job in call.jobs:
+            for item in job.items:
+                self._made_by[call.stage, item.key] = future
+
+    def settle(self) -> None:
+        """What is still on its way to the server when the flow returns would be cancelled."""
+        before = 0
+        while self._open and len(self._open) != before:
+            before = len(self._open)
+            wait(list(self._open), timeout=SETTLE_S)
+
+    def _submitted(
+        self, stage: str, shard: Shard | Reused, upstream: list[PrefectFuture[Any]]
+    ) -> PrefectFuture[Any]:
+        # What the store has was planned away: a shard is always to do, also where a manifest was dropped.
+        task = task_of(stage).with_options(refresh_cache=isinstance(shard, Shard))
+        # Rows that failed above are no reason not to do the others.
+        future = task.submit(shard, wait_for=[allow_failure(each) for each in upstream])
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
+
+
+def _consumed(call: ShardCall) -> Iterator[tuple[str, str]]:
+    for job in call.jobs:
+        for stage, rows in job.inputs.items():
+            for key in rows:
+                yield stage, key
+        for item in job.items:
+            for assets in item.assets.values():
+                for asset in assets:
+                    yield asset.stage, asset.key
+
+
+@contextmanager
+def results_in(files: StoreFiles) -> Iterator[None]:
+    """Tasks of the flow that runs here keep their results in these."""
+    context = FlowRunContext.get()
+    assert context is not None
+    store = context.result_store.model_copy(update={"result_storage": files})
+    with context.model_copy(update={"result_store": store}):
+        yield

@@ -1,0 +1,313 @@
+"""A lane: serves the queue of one GPU, with a child process that keeps its models between shards, runs and
+users.
+
+The lane itself computes nothing. So it goes on beating while its child hangs, and survives whatever kills
+that. It is the only one on its queue, which a lock sees to: what it finds running there as it starts was
+another process's, which has died.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import OrchestrationResult
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter, WorkQueueFilter
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.events import emit_event
+from prefect.exceptions import Abort, ObjectAlreadyExists, Pause
+from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.states import Cancelled, Crashed, Failed, Pending
+
+from avatar_core.backends.base import create_backend
+from avatar_core.config import Config
+from avatar_core.errors import AvatarError
+from avatar_core.execution.job_file import JobFile
+from avatar_core.execution.worker import Cancellation, Job, Row, StoreAddress
+from avatar_core.execution.worker_process import WorkerProcess, visible_device
+from avatar_core.weights import present_entries
+from flows.compose import compose_config
+from flows.events import AWAY, listen
+from flows.lane_info import LaneInfo
+from flows.lane_lock import LaneLock
+from flows.names import POOL, gpu_queue, host_name
+from flows.shard import PROGRESS, serving, shard
+from tasks.shard import GAVE_BACK, state_of
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 2.0
+POLL_S = 5.0
+"""Between two looks at the queue; it is told of what comes, this is for what it was not told."""
+FLOW_BEAT_S = 30.0
+"""Between two signs of life of a shard, which the automation that buries dead ones waits for."""
+RETRY_S = 2.0
+PROGRESS_S = 0.5
+_LIVE = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+
+
+class Lane:
+    """`run` serves the queue until it is stopped."""
+
+    def __init__(self, queue: str, info: LaneInfo, worker: WorkerProcess, config: Config) -> None:
+        self.queue, self.info = queue, info
+        self._worker, self._config = worker, config
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._at_hand: FlowRun | None = None
+        self._cancellation = Cancellation()
+        self._stopped_at_once = False
+
+    def run(self) -> None:
+        """Raises `ConfigError` where another lane serves the queue."""
+        with LaneLock(self.queue), get_client(sync_client=True) as client:
+            token = serving.set(self._serve)
+            try:
+                self._insist(lambda: self._introduce(client))
+                self._worker.start()
+                self._start("beats", self._beat)
+                self._start("watches", self._watch)
+                listen(["prefect.flow-run.Scheduled"], lambda event: self._wake.set(), f"{self.queue} hears")
+                while not self._stopping.is_set():
+                    self._take_next(client)
+            finally:
+                serving.reset(token)
+                self._worker.stop()
+                with suppress(*AWAY):
+                    _forget(client, self.info.worker)
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """After the shard at hand; `at_once` breaks that off at its next report."""
+        self._stopping.set()
+        self._wake.set()
+        if at_once:
+            self._stopped_at_once = True
+            self._cancellation.ask()
+
+    # --- the queue
+
+    def _introduce(self, client: SyncPrefectClient) -> None:
+        with suppress(ObjectAlreadyExists):
+            client.create_work_queue(self.queue, work_pool_name=POOL, concurrency_limit=1)
+        queue = client.read_work_queue_by_name(self.queue, work_pool_name=POOL)
+        client.update_work_queue(queue.id, description=self.info.describe(), concurrency_limit=1)
+        self._bury(client)
+        client.send_worker_heartbeat(POOL, self.info.worker, BEAT_S)
+        self._forget_former(client)
+
+    def _bury(self, client: SyncPrefectClient) -> None:
+        """Shards that a former lane of this queue had are nobody's now."""
+        for run in client.read_flow_runs(
+            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+            work_queue_filter=WorkQueueFilter.model_validate({"name": {"any_": [self.queue]}}),
+            flow_run_filter=FlowRunFilter.model_validate(_LIVE),
+        ):
+            client.set_flow_run_state(run.id, Crashed(message="its lane died"), force=True)
+
+    def _forget_former(self, client: SyncPrefectClient) -> None:
+        """Each process has a name of its own, and old ones would pile up."""
+        for worker in client.read_workers_for_work_pool(POOL):
+            if worker.name.startswith(f"{self.queue}.") and worker.name != self.info.worker:
+                _forget(client, worker.name)
+
+    def _take_next(self, client: SyncPrefectClient) -> None:
+        self._wake.clear()
+        try:
+            run = self._claimed(client)
+        except AWAY as error:
+            log.info("the server cannot be asked: %s", error)
+            self._stopping.wait(RETRY_S)
+            return
+        if run is None:
+            self._wake.wait(POLL_S)
+        elif not self._stopping.is_set():
+            self._run(client, run)
+
+    def _claimed(self, client: SyncPrefectClient) -> FlowRun | None:
+        found = client.get_scheduled_flow_runs_for_work_pool(
+            work_pool_name=POOL, work_queue_names=[self.queue], scheduled_before=datetime.now(UTC)
+        )
+        if not found or self._stopping.is_set():
+            return None
+        run = found[0].flow_run
+        answer: OrchestrationResult[Any] = client.set_flow_run_state(run.id, Pending())
+        if answer.status != SetStateStatus.ACCEPT:
+            return None
+        client.update_flow_run(run.id, infrastructure_pid=self.info.worker)
+        return client.read_flow_run(run.id)
+
+    def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
+        self._cancellation = Cancellation()
+        self._at_hand = run
+        try:
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                run_flow(shard, flow_run=run, parameters=run.parameters, return_type="state")
+        except (Abort, Pause):
+            pass  # its state was changed by others: cancelled or buried
+        except Exception as error:  # the server was away for longer than its client tries
+            log.warning("shard %s: the server was not told of the end: %s", run.name, error)
+        finally:
+            self._at_hand = None
+        self._insist(lambda: self._settle(client, run.id))
+
+    def _settle(self, client: SyncPrefectClient, run_id: UUID) -> None:
+        """A run that is still open would block the queue, which has one place."""
+        state = client.read_flow_run(run_id).state
+        if state is None or state.is_final() or state.is_scheduled():
+            return
+        ended: State[Any] = Cancelled() if state.is_cancelling() else Crashed(message="broken off")
+        client.set_flow_run_state(run_id, ended, force=True)
+
+    def _insist(self, step: Callable[[], None]) -> None:
+        """Until the server has answered."""
+        while not self._stopping.is_set():
+            try:
+                step()
+                return
+            except AWAY as error:
+                log.info("the server cannot be asked: %s", error)
+                self._stopping.wait(RETRY_S)
+
+    # --- a shard
+
+    def _serve(
+        self, store: str, run: str, job_id: str, item_timeout_s: float, options: Mapping[str, Any]
+    ) -> State[Any]:
+        address = self._address(store, options)
+        try:
+            file = JobFile(address.open(), run, job_id)
+            job = file.read(address)
+            _make_tiny_weights(job)
+        except AvatarError as error:
+            return Failed(name=GAVE_BACK, message=f"{self.queue} cannot read the store: {error}")
+        result = self._worker.run(job, item_timeout_s, self._cancellation, _Listener(run, job_id))
+        if self._stopped_at_once and result.cancelled:
+            return Cancelled(message=f"{self.queue} was stopped")
+        try:
+            file.write_result(result)
+        except AvatarError as error:
+            return Failed(name=GAVE_BACK, message=f"{self.queue} cannot write to the store: {error}")
+        return state_of(result)
+
+    def _address(self, store: str, options: Mapping[str, Any]) -> StoreAddress:
+        runtime = self._config.runtime
+        own = self._config.storage.options
+        return StoreAddress(store, {**options, **own}, runtime.cache_dir, runtime.cache_bytes)
+
+    # --- beside it
+
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=f"{self.queue} {name}", daemon=True).start()
+
+    def _beat(self) -> None:
+        told_s = 0.0
+        with get_client(sync_client=True) as client:
+            while True:
+                with suppress(*AWAY):
+                    client.send_worker_heartbeat(POOL, self.info.worker, BEAT_S)
+                run = self._at_hand
+                if run and time.monotonic() - told_s >= FLOW_BEAT_S:
+                    told_s = time.monotonic()
+                    resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+                    emit_event("prefect.flow-run.heartbeat", resource)
+                time.sleep(BEAT_S)
+
+    def _watch(self) -> None:
+        """Whether somebody cancels what is at hand."""
+        with get_client(sync_client=True) as client:
+            while True:
+                self._cancellation.wait(1.0)
+                run, cancellation = self._at_hand, self._cancellation
+                if run is None or cancellation.asked():
+                    time.sleep(0.2)
+                    continue
+                with suppress(*AWAY):
+                    state = client.read_flow_run(run.id).state
+                    if state and (state.is_cancelling() or state.is_final()):
+                        cancellation.ask()
+
+
+def _forget(client: SyncPrefectClient, worker: str) -> None:
+    client.request(
+        "DELETE",
+        "/work_pools/{work_pool_name}/workers/{name}",
+        path_params={"work_pool_name": POOL, "name": worker},
+    )
+
+
+def _make_tiny_weights(job: Job) -> None:
+    backend = create_backend(job.backend)
+    if backend.renders_on_cpu:
+        backend.resolve()
+
+
+def serve_queue(gpu: int, *, pretend: bool = False) -> None:
+    """The life of the lane of one GPU of this machine, until a signal: the first lets the shard at hand
+    finish, the second breaks it off."""
+    name = host_name()
+    queue = gpu_queue(name, gpu)
+    config = compose_config([])
+    device = queue if pretend else visible_device(gpu)
+    info = LaneInfo(
+        host=name,
+        gpu="pretended, computes on the CPU" if pretend else describe_gpu(gpu),
+        worker=f"{queue}.{os.getpid()}",
+        weights=tuple(present_entries()),
+    )
+    worker = WorkerProcess(queue, device, pretend=pretend, idle_s=config.runtime.idle_s)
+    lane = Lane(queue, info, worker, config)
+    signals = SimpleQueue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, frame: signals.put(got))
+    with ThreadPoolExecutor(1, thread_name_prefix=queue) as pool:
+        serving_queue = pool.submit(lane.run)  # not in this thread, where Prefect would take the signals
+        is_stopping = False
+        while not serving_queue.done():
+            with suppress(Empty):
+                signals.get(timeout=0.2)
+                lane.stop(at_once=is_stopping)
+                is_stopping = True
+        serving_queue.result()
+
+
+def describe_gpu(gpu: int) -> str:
+    """As the driver tells it; without loading CUDA, which would take memory of the GPU."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))[gpu : gpu + 1]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return f"number {gpu}"
+
+
+class _Listener:
+    """Passes on how far a shard is, by events of the server."""
+
+    def __init__(self, run: str, job: str) -> None:
+        self._run, self._job = run, job
+        self._told_s = 0.0
+
+    def on_start(self) -> None:
+        pass
+
+    def on_progress(self, key: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s < PROGRESS_S:
+            return
+        self._told_s = now_s
+        resource = {"prefect.resource.id": f"avatar.run.{self._run}"}
+        emit_event(PROGRESS, resource, payload={"job": self._job, "key": key, "done": done, "total": total})
+
+    def on_row(self, row: Row) -> None:
+        pass

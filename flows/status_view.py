@@ -12,16 +12,18 @@ from avatar_core.status import RunStatus, RunSummary
 from flows.alive import crash_lost_runs
 from flows.prefect_client import load_prefect, prefect_client, without_login
 from flows.server import Server, answers, log_path, running_server, server_environment
+from flows.supervisor import Record
 
 FAILURES_SHOWN = 20
 FLOW_RUNS_SHOWN = 5
 
 
-def print_server(console: Console, server: Server, fresh: bool) -> None:
+def print_server(console: Console, server: Server, fresh: bool, served: Record) -> None:
     lines = [
         f"the Prefect server is {'up' if fresh else 'up already'}: {server.address}",
         f"its log: {log_path()}",
-        "renders show there from now on; `avatar worker` runs what is scheduled, `avatar down` stops it",
+        f"queues of this machine: {', '.join(served.queues) or 'none'}",
+        "renders run there from now on; `avatar down` stops it",
         f"for the `prefect` command: export PREFECT_API_URL={server.api_url}",
     ]
     other = os.environ.get("PREFECT_API_URL")

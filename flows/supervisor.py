@@ -4,23 +4,30 @@ Each is a process of its own, started again whenever it ends, sooner after the f
 tenth. No Prefect here, and nothing of the work, so that little can go wrong.
 """
 
+import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from flows.names import gpu_queue
-from flows.server import process_start
+from avatar_core.devices import visible_gpus
+from avatar_core.errors import AvatarError, ConfigError
+from flows.names import HOST, gpu_queue, host_name, render_queue
+from flows.server import process_start, state_folder
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 30.0
 STEADY_S = 60.0
 """A process that lived for so long is no longer counted as failing."""
+START_TIMEOUT_S = 30.0
+PATIENCE_S = 2.0
 _TICK_S = 0.1
 
 
@@ -104,13 +111,122 @@ class Supervisor:
             time.sleep(_TICK_S)
 
 
-def posts_for(
-    gpus: Sequence[int], *, host: str, pretend: bool, renders: int, limit_to: str = ""
-) -> list[Post]:
-    """A lane for each of the `gpus`, and unless `renders` is 0 what runs so many renders at once."""
-    avatar = (sys.executable, "-P", "-m", "flows.cli")
-    flags = ("--pretend",) if pretend else ()
-    posts = [Post(gpu_queue(host, gpu), (*avatar, "lane", str(gpu), *flags)) for gpu in gpus]
-    if renders:
-        posts.append(Post("renders", (*avatar, "renders", "--limit", str(renders))))
-    return posts
+@dataclass(frozen=True)
+class Crew:
+    """Who serves a machine: lanes for these `gpus`, and so many `renders` at once."""
+
+    host: str
+    gpus: tuple[int, ...]
+    pretend: bool
+    renders: int
+
+    @classmethod
+    def of(cls, gpus: str | None, pretended: int, name: str | None, renders: int) -> "Crew":
+        """As the command line gives it. Raises `ConfigError`."""
+        if name is not None:
+            os.environ[HOST] = name
+        if pretended and gpus is not None:
+            raise ConfigError("--gpus and --pretend-gpus exclude each other: give one of them")
+        numbers = range(pretended) if pretended else _numbers(gpus) if gpus is not None else visible_gpus()
+        return cls(host_name(), tuple(numbers), bool(pretended), renders)
+
+    @property
+    def posts(self) -> list[Post]:
+        avatar = (sys.executable, "-P", "-m", "flows.cli")
+        flags = ("--pretend",) if self.pretend else ()
+        posts = [Post(gpu_queue(self.host, gpu), (*avatar, "lane", str(gpu), *flags)) for gpu in self.gpus]
+        if self.renders:
+            command = (*avatar, "renders", "--limit", str(self.renders))
+            posts.append(Post(render_queue(self.host), command))
+        return posts
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"--gpus {text}: give numbers with commas between them, such as 0,1") from None
+
+
+def running_supervisor() -> Record | None:
+    """Of this machine, in the background or not."""
+    try:
+        values = json.loads(_record_path().read_text(encoding="utf-8"))
+        record = Record(**{**values, "queues": tuple(values["queues"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record if record.alive else None
+
+
+def supervise(crew: Crew) -> None:
+    """Serves this machine until a signal. Raises `ConfigError` where it is served already."""
+    if found := running_supervisor():
+        raise ConfigError(
+            f"this machine is served already, by process {found.pid}, as {found.host}: stop that with "
+            "`avatar down`, or Ctrl-C where it was started"
+        )
+    record = Record(
+        os.getpid(), process_start(os.getpid()) or "", crew.host, tuple(p.name for p in crew.posts)
+    )
+    state_folder().mkdir(parents=True, exist_ok=True)
+    fresh = _record_path().with_suffix(".new")
+    fresh.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    fresh.replace(_record_path())
+    try:
+        Supervisor(crew.posts, {**os.environ, HOST: crew.host}).run()
+    finally:
+        _record_path().unlink(missing_ok=True)
+
+
+def start_supervisor(crew: Crew, api_url: str) -> Record:
+    """In the background, unless one runs. Returns once it does."""
+    if found := running_supervisor():
+        return found
+    flags = (
+        ["--pretend-gpus", str(len(crew.gpus))] if crew.pretend else ["--gpus", ",".join(map(str, crew.gpus))]
+    )
+    command = [sys.executable, "-P", "-m", "flows.cli", "worker", *flags]
+    command += ["--name", crew.host, "--renders", str(crew.renders)]
+    state_folder().mkdir(parents=True, exist_ok=True)
+    with log_path().open("ab") as log_file:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PREFECT_API_URL": api_url},
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+        )
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if found := running_supervisor():
+            return found
+        time.sleep(_TICK_S)
+    process.kill()
+    raise AvatarError(f"what serves the queues of this machine did not start; its log: {log_path()}")
+
+
+def stop_supervisor(tell: Callable[[str], None], *, at_once: bool) -> Record | None:
+    """Lets shards at hand finish unless `at_once`; what ran, None where nothing did."""
+    record = running_supervisor()
+    if record is None:
+        return None
+    for _ in range(2 if at_once else 1):
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGTERM)
+        time.sleep(_TICK_S)
+    told_s = time.monotonic()
+    while record.alive:
+        if told_s and time.monotonic() - told_s > PATIENCE_S:
+            told_s = 0.0
+            tell("waiting for what is at hand; `avatar down --now` breaks it off")
+        time.sleep(_TICK_S)
+    return record
+
+
+def log_path() -> Path:
+    return state_folder() / "worker.log"
+
+
+def _record_path() -> Path:
+    return state_folder() / "worker.json"

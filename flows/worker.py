@@ -1,4 +1,4 @@
-"""Deployments on this machine: the work pool `local` and the worker that runs what is scheduled there.
+"""The worker of this machine's renders: those that are scheduled, submitted or tried again.
 
 Prefect puts the working directory first on the import path when it loads a flow, so that packages of the
 user's that are called `flows` or `tasks` would be taken for ours. Each run is therefore started by our own
@@ -10,7 +10,6 @@ import logging
 import os
 import runpy
 import signal
-import socket
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -21,40 +20,22 @@ import flows
 from avatar_core.errors import AvatarError, ConfigError
 from flows.alive import crash_lost_runs
 from flows.config_files import CONFIG_DIR
+from flows.deploy import register_host
+from flows.names import POOL, host_name, render_queue
 from flows.prefect_client import load_prefect, prefect_client
 from flows.server import server_environment
+from tasks import set_prefect_defaults
 
-POOL = "local"
-COMMAND = "avatar execute"
+DEFAULT_QUEUE = "default"
+"""Of every work pool: for deployments that name no queue."""
 
 _PACKAGE = "AVATAR_FLOWS_PACKAGE"
 """Environment variable by which a worker tells its runs which `flows` they must have."""
 
 
-def ensure_work_pool(api_url: str | None = None) -> None:
-    """On that server, or on the one that Prefect's settings name. Raises `AvatarError`."""
-    load_prefect(api_url)
-    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
-    template: dict[str, Any] = ProcessWorker.get_default_base_job_template()
-    template["variables"]["properties"]["command"]["default"] = COMMAND
-    about = "Renders on this machine. `avatar worker` runs what is scheduled here."
-    pool = WorkPoolCreate(name=POOL, type=ProcessWorker.type, description=about, base_job_template=template)
-    with prefect_client(api_url) as client:
-        try:
-            client.create_work_pool(pool)
-        except ObjectAlreadyExists:
-            if client.read_work_pool(POOL).base_job_template != template:
-                client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
-
-
-def run_worker(limit: int) -> None:
+def run_renders(limit: int) -> None:
     """Runs what is due, `limit` renders at a time, until a signal comes."""
-    os.environ.update(server_environment())
-    if not os.environ.get("PREFECT_API_URL"):
-        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
+    connect()
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "5")
     os.environ[_PACKAGE] = _package()
     # The runs must find the `avatar` of this environment, also where it is not activated.
@@ -63,15 +44,31 @@ def run_worker(limit: int) -> None:
     )
     if folder := os.environ.get(CONFIG_DIR):  # runs start elsewhere
         os.environ[CONFIG_DIR] = str(Path(folder).expanduser().resolve())
-    ensure_work_pool()
+    with prefect_client() as client:
+        register_host(client, host_name(), Path.cwd())
     crash_lost_runs()
     asyncio.run(_serve(limit))
+
+
+def connect() -> None:
+    """Has Prefect use the user's own server, or that of `avatar up`. Raises `ConfigError` where there is none."""
+    os.environ.update(server_environment())
+    set_prefect_defaults()
+    load_prefect()
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
 
 
 async def _serve(limit: int) -> None:
     from prefect.workers.process import ProcessWorker
 
-    worker = ProcessWorker(name=socket.gethostname(), work_pool_name=POOL, limit=limit)
+    host = host_name()
+    queues = {render_queue(host), DEFAULT_QUEUE}
+    worker = ProcessWorker(
+        name=f"{render_queue(host)}.{os.getpid()}", work_pool_name=POOL, work_queues=queues, limit=limit
+    )
     take, stopping = worker.get_and_submit_flow_runs, asyncio.Event()
 
     async def take_unless_stopping() -> list[Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
 from flows import streams
 from flows.environment import create_console, settle_environment, working_directory_is_gone
+from flows.server_commands import server_app
 from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(weights_app, name="weights")
+app.add_typer(server_app)
 console = create_console()
 errors = create_console(stderr=True)
 log = logging.getLogger(__name__)
@@ -222,112 +224,6 @@ def gc(
         console.print(f"{kind}: {count} files, {report.bytes[kind] / 1e6:.1f} MB")
     total = sum(report.bytes.values()) / 1e6
     console.print(f"{total:.1f} MB {'deleted' if delete else 'can go: run again with --delete'}")
-
-
-Gpus = Annotated[
-    str | None,
-    typer.Option(help="Numbers of the GPUs to serve, such as 0,1; all if not given.", metavar="N,N"),
-]
-PretendGpus = Annotated[
-    int, typer.Option(help="Serve so many GPUs that are only pretended: they compute on the CPU.", min=0)
-]
-HostName = Annotated[
-    str | None, typer.Option("--name", help="What this machine is called on the server.", metavar="NAME")
-]
-Renders = Annotated[
-    int, typer.Option(help="Scheduled and submitted renders at a time; 0 for none.", min=0, metavar="N")
-]
-
-
-@app.command()
-def up(
-    host: Annotated[
-        str | None, typer.Option(help="Listen here; 127.0.0.1 if not given.", show_default=False)
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="4200 if not given.", min=1, max=65535, show_default=False)
-    ] = None,
-    gpus: Gpus = None,
-    pretend_gpus: PretendGpus = 0,
-    name: HostName = None,
-    renders: Renders = 1,
-) -> None:
-    """Start a Prefect server in the background, with a lane for each GPU and a worker for renders."""
-    from flows.alive import crash_lost_runs
-    from flows.prefect_client import import_prefect
-    from flows.server import start_server, stop_server
-    from flows.status_view import print_server
-    from flows.supervisor import Crew, start_supervisor
-
-    crew = Crew.of(gpus, pretend_gpus, name, renders)
-    import_prefect()  # a server with settings that are wrong would end with a traceback in its log
-    server, fresh = start_server(host, port)
-    try:
-        crash_lost_runs(server.api_url)
-        supervisor = start_supervisor(crew, server.api_url)
-    except BaseException:
-        if fresh:
-            stop_server()
-        raise
-    print_server(console, server, fresh, supervisor)
-
-
-@app.command()
-def down(
-    now: Annotated[
-        bool, typer.Option("--now", help="Break off the shards at hand, which would be finished else.")
-    ] = False,
-) -> None:
-    """Stop what `avatar up` started. The server's records stay for the next start."""
-    from flows.server import stop_server
-    from flows.supervisor import stop_supervisor
-
-    stop_supervisor(console.print, at_once=now)
-    server = stop_server()
-    console.print(f"stopped {server.address}" if server else "no server runs", highlight=False)
-
-
-@app.command()
-def worker(
-    gpus: Gpus = None,
-    pretend_gpus: PretendGpus = 0,
-    name: HostName = None,
-    renders: Renders = 1,
-) -> None:
-    """Serve the GPUs and renders of this machine for a server, until Ctrl-C."""
-    from flows.supervisor import Crew, supervise
-    from flows.worker import connect
-
-    crew = Crew.of(gpus, pretend_gpus, name, renders)
-    connect()
-    supervise(crew)
-
-
-@app.command(hidden=True)
-def lane(gpu: int, pretend: Annotated[bool, typer.Option("--pretend")] = False) -> None:
-    """Serve the queue of one GPU; started by `avatar up` and `avatar worker`."""
-    from flows.worker import connect
-
-    connect()
-    from flows.lane import serve_queue
-
-    serve_queue(gpu, pretend=pretend)
-
-
-@app.command(hidden=True)
-def renders(limit: Annotated[int, typer.Option(min=1)] = 1) -> None:
-    """Run what is scheduled for this machine; started by `avatar up` and `avatar worker`."""
-    from flows.worker import run_renders
-
-    run_renders(limit)
-
-
-@app.command(hidden=True)
-def execute() -> None:
-    """Run one scheduled render; started by `avatar worker`."""
-    from flows.worker import execute_run
-
-    execute_run()
 
 
 @app.command()

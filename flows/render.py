@@ -109,7 +109,7 @@ def _render(work: Work) -> State[Any]:
         with (
             logs_shown(run),
             RunPages(work, run, stopped.set) as pages,
-            results_in(StoreFiles(batch.storage)),
+            results_in(StoreFiles(storage=batch.storage)),
         ):
             fan_out.reuse({stage: plan.cached for stage, plan in batch.plan().items()})
             with _workers(work) as coordinator:

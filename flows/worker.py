@@ -51,7 +51,7 @@ def run_renders(limit: int) -> None:
 
 
 def connect() -> None:
-    """Has Prefect use the user's own server, or that of `avatar up`. Raises `ConfigError` where there is none."""
+    """Has Prefect use the user's own server, or that of `avatar up`. Raises `ConfigError` without one."""
     os.environ.update(server_environment())
     set_prefect_defaults()
     load_prefect()
@@ -65,7 +65,7 @@ async def _serve(limit: int) -> None:
     from prefect.workers.process import ProcessWorker
 
     host = host_name()
-    queues = {render_queue(host), DEFAULT_QUEUE}
+    queues = [render_queue(host), DEFAULT_QUEUE]
     worker = ProcessWorker(
         name=f"{render_queue(host)}.{os.getpid()}", work_pool_name=POOL, work_queues=queues, limit=limit
     )

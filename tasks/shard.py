@@ -14,13 +14,13 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.filesystems import WritableFileSystem
 from prefect.serializers import JSONSerializer
 from prefect.states import Cancelled, Completed, Crashed, Failed
+from pydantic import Field
 
 from avatar_core.errors import StoreError
 from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.tally import counted
 from avatar_core.execution.worker import JobResult
 from avatar_core.store.manifest import manifest_folder
-from avatar_core.store.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +124,14 @@ class StoreFiles(WritableFileSystem):
     absent, so that it is made again; so does all that is not ours."""
 
     _block_type_slug = "avatar-store-files"
-    _storage: Storage
-
-    def __init__(self, storage: Storage) -> None:
-        super().__init__()
-        self._storage = storage
+    storage: Any = Field(exclude=True)
+    """The `Storage`."""
 
     def _resolve_path(self, path: str) -> None:
         """Paths are keys, relative to the store."""
 
     def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
-        content = self._storage.read_bytes(f"{FOLDER}/{path}.json")
+        content: bytes = self.storage.read_bytes(f"{FOLDER}/{path}.json")
         record = json.loads(content)
         if record["metadata"]["serializer"]["type"] != "json":
             raise ValueError(f"{path} is not JSON")
@@ -142,6 +139,6 @@ class StoreFiles(WritableFileSystem):
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
         try:
-            self._storage.write_bytes(f"{FOLDER}/{path}.json", content)
+            self.storage.write_bytes(f"{FOLDER}/{path}.json", content)
         except StoreError as error:  # the work is done: Prefect would call it undone
             log.warning("the result of a task is not kept: %s", error)

@@ -335,8 +335,7 @@ class BatchRun:
             self._post(partial(self._ended, shard, JobResult()))
             return
         self._numbers[shard.stage] += 1
-        size = counted(self.batch.stages[shard.stage].noun, len(sound))
-        label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {size}"
+        label = f"{shard.stage} {self._numbers[shard.stage]:04d} · {self._content(shard.stage, sound)}"
         call = ShardCall(
             shard.stage,
             label,
@@ -352,6 +351,12 @@ class BatchRun:
             on_end=lambda outcome: self._post(partial(self._came_back, shard, outcome)),
         )
         self._submit(call)
+
+    def _content(self, stage: str, specs: Sequence[ItemSpec]) -> str:
+        first = self.batch.label(stage, specs[0].key)
+        if len(specs) == 1:
+            return first
+        return f"{counted(self.batch.stages[stage].noun, len(specs))}: {first}, ..."
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)

@@ -1,0 +1,74 @@
+"""The log of a run as its server has it."""
+
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.sorting import FlowRunSort, LogSort
+from rich.console import Console
+from rich.text import Text
+
+from avatar_core.errors import ConfigError
+from flows.prefect_client import prefect_client
+
+PAGE = 200
+FOLLOW_S = 2.0
+_STYLES = {40: "red", 30: "yellow"}
+
+
+def print_logs(console: Console, run: str, *, follow: bool) -> None:
+    """Of the run, its tasks and its shards, by time. Raises `ConfigError` for an unknown run."""
+    with prefect_client() as client:
+        found = _find(client, run)
+        said: set[UUID] = set()
+        while True:
+            ended = client.read_flow_run(found.id).end_time is not None
+            for line in _lines(client, found):
+                if line.id not in said:
+                    said.add(line.id)
+                    _print(console, line)
+            if ended or not follow:
+                return
+            time.sleep(FOLLOW_S)
+
+
+def _find(client: SyncPrefectClient, run: str) -> FlowRun:
+    for name in ({"any_": [run]}, {"like_": f"{run}-"}):
+        wanted = FlowRunFilter.model_validate({"name": name, "tags": {"is_null_": None}})
+        runs = client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.START_TIME_DESC, limit=1)
+        if runs:
+            return runs[0]
+    raise ConfigError(f"the Prefect server has no run `{run}`; `avatar status` lists those that are recorded")
+
+
+def _lines(client: SyncPrefectClient, run: FlowRun) -> list[Log]:
+    of_run = [run.id, *(shard.id for shard in _shards(client, run))]
+    found: list[Log] = []
+    for start in range(0, len(of_run), PAGE):
+        wanted = LogFilter.model_validate({"flow_run_id": {"any_": of_run[start : start + PAGE]}})
+        offset = 0
+        while page := client.read_logs(
+            log_filter=wanted, limit=PAGE, offset=offset, sort=LogSort.TIMESTAMP_ASC
+        ):
+            found += page
+            offset += len(page)
+    return sorted(found, key=lambda line: line.timestamp)
+
+
+def _shards(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]:
+    """Flow runs on queues of GPUs carry the run's id as a tag."""
+    wanted = FlowRunFilter.model_validate({"tags": {"all_": [run.name]}})
+    offset = 0
+    while page := client.read_flow_runs(flow_run_filter=wanted, limit=PAGE, offset=offset):
+        yield from page
+        offset += len(page)
+
+
+def _print(console: Console, line: Log) -> None:
+    stamp: datetime = line.timestamp.astimezone()
+    style = next((style for level, style in _STYLES.items() if line.level >= level), "")
+    console.print(Text(f"{stamp:%H:%M:%S} {line.message}", style=style), soft_wrap=True)

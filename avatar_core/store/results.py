@@ -35,7 +35,7 @@ class StageResults:
     def has(self, key: str) -> bool:
         """Whether `ok` would give a row."""
         added = self._added(key)
-        return key in self.catalog if added is None else self._states[added] == OK
+        return key in self.catalog if added is None else bool(self._states[added] == OK)
 
     def ok(self, key: str) -> Mapping[str, Any] | None:
         added = self._added(key)

@@ -41,6 +41,7 @@ def test_what_was_added_hides_what_the_store_held(storage: Storage) -> None:
     results.add({"key": key(2), "status": "ok", "faces": 2})
     assert states(results, 1, 2, 3, 4) == [FAILED, OK, FAILED, ABSENT]
     assert [results.has(key(n)) for n in (1, 2, 3, 4)] == [False, True, False, False]
+    assert all(type(results.has(key(n))) is bool for n in (1, 2, 3, 4))  # counts of these go into JSON
     assert (results.ok(key(1)), results.failure(key(2)), results.ok(key(4))) == (None, None, None)
     found = results.failure(key(1))
     assert found is not None

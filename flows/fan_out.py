@@ -46,7 +46,7 @@ class FanOut:
             future = self._made_by.get((stage, key)) or self._reused.get(stage)
             if future is not None:
                 upstream[future] = None
-        shard = Shard(call, self._batch.storage.uri, self._batch.label)
+        shard = Shard(call, self._batch.storage.uri, self._batch.clip_of)
         future = self._submitted(call.stage, shard, list(upstream))
         for job in call.jobs:
             for item in job.items:

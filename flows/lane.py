@@ -48,8 +48,8 @@ from tasks.shard import GAVE_BACK, state_of
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 2.0
-POLL_S = 5.0
+BEAT_S = 5.0
+POLL_S = 15.0
 """Between two looks at the queue; it is told of what comes, this is for what it was not told."""
 FLOW_BEAT_S = 30.0
 """Between two signs of life of a shard, which the automation that buries dead ones waits for."""
@@ -145,8 +145,8 @@ class Lane:
         answer: OrchestrationResult[Any] = client.set_flow_run_state(run.id, Pending())
         if answer.status != SetStateStatus.ACCEPT:
             return None
-        client.update_flow_run(run.id, infrastructure_pid=self.info.worker)
-        return client.read_flow_run(run.id)
+        run.state = answer.state
+        return run
 
     def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
         self._cancellation = Cancellation()

@@ -36,6 +36,8 @@ from tasks.shard import GAVE_BACK
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
+QUEUES_S = 3.0
+"""Between two looks at what queues and lanes there are."""
 SILENT_S = 60.0
 """After which a lane that sends no heartbeats is gone; of one on this machine a lock tells at once."""
 GRACE_S = 10.0
@@ -101,6 +103,7 @@ class Lanes:
         self._orders: dict[UUID, _Order] = {}
         self._listeners: dict[str, Listener] = {}
         self._wake, self._over = threading.Event(), threading.Event()
+        self._seen_s = float("-inf")
         self._client = get_client(sync_client=True)
         self._thread = threading.Thread(target=self._watch, name="lanes", daemon=True)
 
@@ -168,6 +171,8 @@ class Lanes:
     # --- the server
 
     def _on_event(self, event: Event) -> None:
+        if event.event.startswith("prefect.work-queue."):
+            self._seen_s = float("-inf")
         if event.event != PROGRESS:
             self._wake.set()
         elif listener := self._listeners.get(event.payload.get("job", "")):
@@ -188,13 +193,9 @@ class Lanes:
                 self._over.wait(LOOK_S)
 
     def _look(self) -> None:
-        pool = self._client.read_work_pool(POOL)
-        queues = self._client.read_work_queues(work_pool_name=POOL)
-        beats = {each.name: each for each in self._client.read_workers_for_work_pool(POOL)}
-        for queue in queues:
-            info = read_description(queue.description) if host_of(queue.name) else None
-            if info:
-                self._see(queue, info, beats.get(info.worker), is_pool_paused=pool.is_paused)
+        if time.monotonic() - self._seen_s >= QUEUES_S:
+            self._look_at_queues()
+            self._seen_s = time.monotonic()
         if self._orders:
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(self._orders)))
             for run in self._client.read_flow_runs(flow_run_filter=wanted):
@@ -202,6 +203,15 @@ class Lanes:
                 if order and run.state and order.state.id != run.state.id:
                     order.state = run.state
                     order.changed.set()
+
+    def _look_at_queues(self) -> None:
+        pool = self._client.read_work_pool(POOL)
+        queues = self._client.read_work_queues(work_pool_name=POOL)
+        beats = {each.name: each for each in self._client.read_workers_for_work_pool(POOL)}
+        for queue in queues:
+            info = read_description(queue.description) if host_of(queue.name) else None
+            if info:
+                self._see(queue, info, beats.get(info.worker), is_pool_paused=pool.is_paused)
 
     def _see(
         self, queue: WorkQueue, info: LaneInfo, beats: Heartbeats | None, *, is_pool_paused: bool
@@ -234,9 +244,9 @@ class LaneWorker:
         self.is_gone = False
         self._lanes = lanes
         self._is_paused = False
-        self._worker = ""
-        self._beat: datetime | None = None
-        self._beat_s = time.monotonic()
+        self._beat: tuple[str, datetime] | None = None
+        self._seen_s = time.monotonic()
+        self._silent_s = 0.0
 
     @property
     def unavailable(self) -> str | None:
@@ -252,14 +262,23 @@ class LaneWorker:
         self, queue: WorkQueue, info: LaneInfo, beats: Heartbeats | None, *, is_pool_paused: bool
     ) -> None:
         self._is_paused = queue.is_paused or is_pool_paused
-        beat = beats.last_heartbeat_time if beats else None
-        if beat and (beat != self._beat or info.worker != self._worker):
-            is_first = self._beat is None
-            self._beat, self._worker = beat, info.worker
-            age_s = (datetime.now(UTC) - beat).total_seconds() if is_first else 0.0
-            self._beat_s = time.monotonic() - max(age_s, 0.0)
-        is_silent = beats is None or time.monotonic() - self._beat_s > SILENT_S
+        is_silent = self._is_silent(info.worker, beats.last_heartbeat_time if beats else None)
         self.is_gone = is_silent or is_served_here(self.queue) is False
+
+    def _is_silent(self, worker: str, beat: datetime | None) -> bool:
+        """Counted in steps from look to look, so that a lane is not blamed for a server that was busy."""
+        now_s = time.monotonic()
+        step_s, self._seen_s = min(now_s - self._seen_s, 2 * QUEUES_S), now_s
+        if beat is None:
+            return True
+        if self._beat is None:
+            self._silent_s = (datetime.now(UTC) - beat).total_seconds()
+        elif self._beat == (worker, beat):
+            self._silent_s += step_s
+        else:
+            self._silent_s = 0.0
+        self._beat = worker, beat
+        return self._silent_s > SILENT_S
 
     def run(
         self, job: Job, item_timeout_s: float, cancellation: Cancellation, listener: Listener

@@ -1,9 +1,9 @@
-"""The queues of GPUs as the server has them: what each does, since when, how busy it is, and its last death."""
+"""The queues of GPUs as the server has them: what each does, how busy it is, and its last death."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from avatar_core.errors import ConfigError
 from flows.names import POOL, host_of, render_queue

@@ -76,6 +76,8 @@ class _RunLog(logging.Handler):
         self._of_flow = get_run_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_of_item", False):
+            return  # the task that it belongs to ends in a state that says so, which Prefect logs
         try:
             key = getattr(record, "item_key", None)
             name = key and self._name_of(key)

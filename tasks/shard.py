@@ -78,7 +78,7 @@ def keep_result(key: str, value: dict[str, Any]) -> None:
     """What a task would have given, for Prefect to find; within a flow."""
     context = FlowRunContext.get()
     assert context is not None
-    store = context.result_store.model_copy(update={"serializer": JSONSerializer()})
+    store = context.result_store.model_copy(update={"serializer": JSONSerializer(), "metadata_storage": None})
     store.write(value, key=key)
 
 

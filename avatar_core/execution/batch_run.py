@@ -480,7 +480,8 @@ class BatchRun:
             self.batch.sources.settle(row["key"])
         self._observer.item_ended(stage, row)
         if row["status"] == "failed":
-            log.error("%s: %s failed: %s", self.batch.label(stage, row["key"]), stage, row["error"])
+            name = self.batch.label(stage, row["key"])
+            log.error("%s: %s failed: %s", name, stage, row["error"], extra={"is_of_item": True})
 
     def _measure(self, shard: Shard, rows: Sequence[Row]) -> None:
         assert self._schedule

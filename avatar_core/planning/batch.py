@@ -87,6 +87,12 @@ class Batch:
             return self.sources.label(key)
         return self.clips.name_of_item(stage, key)
 
+    def clip_of(self, stage: str, key: str) -> str:
+        """The name of the first clip, or row, that needs an item."""
+        if stage in self.sources.stages:
+            return str(self.clips.names[self.sources.first_row(key)])
+        return self.clips.name_of_item(stage, key)
+
     def forget(self, owners: Iterable[str]) -> None:
         """Hide damaged results (`<stage>:<key>`), so that they are made again."""
         by_stage: dict[str, set[str]] = {}

@@ -120,6 +120,10 @@ class Sources(Mapping[str, Source]):
         """What an item takes in: `audio a.wav`."""
         return self._names[self._by_key[key]].replace(":", " ", 1)
 
+    def first_row(self, key: str) -> int:
+        """The position of the first row that names what an item takes in."""
+        return int(np.argmax((self._of_row == self._by_key[key]).any(axis=1)))
+
     def warnings(self) -> Iterator[str]:
         """What the probes found odd about accepted sources."""
         for name, source in self.items():

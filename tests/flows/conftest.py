@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from flows.server import start_server, stop_server
-from flows.worker import ensure_work_pool
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,6 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
         patch.setenv("PREFECT_HOME", str(folder / "home"))
         server, _ = start_server(port=free_port())
         try:
-            ensure_work_pool(server.api_url)
             clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
             ours = {"PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": server.api_url}
             yield PrefectServer(server.address, folder / "state", {**clean, **ours})

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import wave
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -222,16 +223,18 @@ class Fleet:
 
     # --- batches of stubs
 
-    def batch(self, name: str, rows: int, store: str | None = None, **seconds: float) -> "StubBatch":
-        return StubBatch(self, name, rows, store or str(self.folder / "store"), seconds)
+    def batch(self, name: str, rows: int, *, store: str = "", log: str = "", **seconds: float) -> "StubBatch":
+        root = store or str(self.folder / "store")
+        return StubBatch(self, name, rows, root, self.folder / f"{log or name}.log", seconds)
 
 
 class StubBatch:
     """A table of `rows` rows, of which each has a clip of its own; `seconds` are those of each stage."""
 
-    def __init__(self, fleet: Fleet, name: str, rows: int, store: str, seconds: Mapping[str, float]) -> None:
-        self.fleet, self.name, self.rows, self.store = fleet, name, rows, store
-        self.log = fleet.folder / f"{name}.log"
+    def __init__(
+        self, fleet: Fleet, name: str, rows: int, store: str, log: Path, seconds: Mapping[str, float]
+    ) -> None:
+        self.fleet, self.name, self.rows, self.store, self.log = fleet, name, rows, store, log
         self.table = fleet.folder / f"{name}.csv"
         picture, sound = fleet.folder / "picture.png", fleet.folder / "sound.wav"
         if not picture.exists():
@@ -240,7 +243,8 @@ class StubBatch:
         with self.table.open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["name", "image", "audio", "seed"])
-            table.writerows([f"{name}-{n}", picture, sound, n + 1] for n in range(rows))
+            first = zlib.crc32(name.encode()) * 1000  # no two batches share a clip
+            table.writerows([f"{name}-{n}", picture, sound, first + n] for n in range(rows))
         self._options = [f"backend.{stage}.seconds={value}" for stage, value in seconds.items()]
 
     @property

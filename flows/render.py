@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,19 +25,20 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from slugify import slugify
 
-from avatar_core.config import Config, parse
+from avatar_core.config import Config
 from avatar_core.errors import Cancelled
 from avatar_core.execution.tally import counted
 from avatar_core.execution.worker import JobResult
 from avatar_core.origins import is_undecided
 from avatar_core.pipeline import begin_run
-from avatar_core.planning.batch import Batch, open_batch, open_storage
-from avatar_core.planning.runs import find_run
+from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.progress import Silent
 from avatar_core.result import Result
+from flows import run_form
 from flows.alive import crash_lost_runs, mark_alive
-from flows.compose import compose_config, quoted
+from flows.compose import quoted
 from flows.execution import Execution, Line, ShardRun, take_in_sources
+from flows.run_form import RunForm, run_config
 from flows.stopping import stoppable
 from tasks.shards import reuse, show_shard
 
@@ -67,38 +68,53 @@ def handed_over(execution: Execution) -> Iterator[None]:
     persist_result=False,
 )
 def render_dataset(
-    table: str | None = None,
-    overrides: list[str] | None = None,
-    run: str | None = None,
-    config_dir: str | None = None,
+    table: run_form.Table = "",
+    batch: run_form.BatchFile = "",
+    backend: run_form.BackendChoice = "as configured",
+    preset: run_form.PresetChoice = "as configured",
+    limit: run_form.Limit = None,
+    only: run_form.Only = (),
+    stage: run_form.StageChoice = "none",
+    retry_failed: run_form.RetryFailed = False,
+    max_failed_fraction: run_form.MaxFailedFraction = None,
+    budget_hours: run_form.BudgetHours = None,
+    overrides: run_form.Overrides = (),
+    run: run_form.RecordedRun = "",
+    config_dir: run_form.ConfigDir = "",
 ) -> State[Any]:
     """Render a table to a dataset; a retry does what is missing and tries anew what failed.
 
-    `table` is a path or URI, `overrides` are options as on the command line, `config_dir` a folder with one's
-    own batch and preset files (else what AVATAR_CONFIG_DIR names); `run` names a recorded run whose options
-    count instead, but for the store. Prefect keeps parameters: credentials belong into the environment.
+    The parameters are those of `flows.run_form.RunForm`, which says of each what it is.
     """
+    form = RunForm(
+        table,
+        batch,
+        backend,
+        preset,
+        limit,
+        only,
+        stage,
+        retry_failed,
+        max_failed_fraction,
+        budget_hours,
+        overrides,
+        run,
+        config_dir,
+    )
     mark_alive(runtime.flow_run.id, runtime.flow_run.run_count)
     with _stop_signals() as stopped:
         try:
             if execution := _handed_over.get():
                 execution.stop_when(stopped)
                 return _show(execution)
-            with _opened(_config(table, overrides or [], run, config_dir), stopped) as execution:
+            with _opened(_config(form), stopped) as execution:
                 return _show(execution)
         except Cancelled as ending:
             return CancelledState(message=f"{ending}; what is finished is kept, a retry goes on from here")
 
 
-def _config(table: str | None, overrides: Sequence[str], run: str | None, config_dir: str | None) -> Config:
-    given: dict[str, Any] = {"table": table} if table else {}
-    given |= {"retry_failed": True} if runtime.flow_run.run_count > 1 else {}
-    config = compose_config(overrides, Path(config_dir) if config_dir else None, given)
-    if run is None:
-        return config
-    recorded = find_run(open_storage(config), run).config
-    changes = {"table": table or recorded["table"], "storage": config.storage, "retry_failed": True}
-    return parse(Config, {**recorded, **changes})
+def _config(form: RunForm) -> Config:
+    return run_config(form, again=runtime.flow_run.run_count > 1)
 
 
 def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
 from flows import streams
+from flows.deploy_command import deploy
 from flows.environment import create_console, settle_environment, working_directory_is_gone
 from flows.weights_commands import weights_app
 
@@ -250,6 +251,9 @@ def up(
             stop_server()
         raise
     print_server(console, server, fresh)
+
+
+app.command()(deploy)
 
 
 @app.command()

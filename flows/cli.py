@@ -13,6 +13,7 @@ from rich.text import Text
 
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
 from flows import streams
+from flows.deploy_command import deploy
 from flows.environment import create_console, settle_environment, working_directory_is_gone
 from flows.server_commands import server_app
 from flows.weights_commands import weights_app
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(weights_app, name="weights")
 app.add_typer(server_app)
+app.command()(deploy)
 console = create_console()
 errors = create_console(stderr=True)
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ FLOW = "render-dataset"
 ENTRYPOINT = "flows.render.render_dataset"
 COMMAND = "avatar execute"
 """What a worker starts for each run: see `flows.worker`."""
+POOL_TYPE = "process"
 ON_DEMAND = "on-demand"
 """Tag of the deployment that each machine has."""
 
@@ -32,8 +33,10 @@ begin in `{folder}`. What was rendered before costs nothing.
 Parameters stay in the server's database: no passwords or keys in them.
 """
 _ABOUT_BATCH = """\
-Renders `{what}` on `{host}`. Made by `avatar deploy` in `{folder}`, where relative paths begin; the same command
-changes it, with `--remove` it goes.
+Renders `{what}` on `{host}`.
+
+Made by `avatar deploy` in `{folder}`, where relative paths begin. The same command changes it, and removes it
+with `--remove`.
 """
 
 
@@ -73,8 +76,11 @@ def deploy_batch(
     timezone: str = "UTC",
     paused: bool = False,
 ) -> UUID:
-    """The deployment `name`, whose runs do on this machine what `form` says. One that is there already has all
-    of this, and its schedules, replaced. Raises `ConfigError` where it is not ours to replace."""
+    """The deployment `name`, whose runs do on this machine what `form` says.
+
+    One that is there already gets all of this anew, its schedules too. Raises `ConfigError` where that is
+    another machine's, or `cron` or `timezone` is wrong.
+    """
     schedules = [_schedule(cron, timezone)] if cron else []
     _ensure_pool(client)
     _check_is_ours(_find(client, name), name, host)
@@ -116,36 +122,42 @@ def next_dates(client: "SyncPrefectClient", deployment: UUID, count: int = 3) ->
         flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
     )
-    dates = [run.expected_start_time for run in runs if run.auto_scheduled and run.expected_start_time]
+    dates: list[datetime] = [
+        run.expected_start_time for run in runs if run.auto_scheduled and run.expected_start_time
+    ]
     return dates[:count]
 
 
 def _ensure_pool(client: "SyncPrefectClient") -> None:
     """Only the command in its template is ours to keep: what else somebody changed there stays."""
-    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-    from prefect.workers.process import ProcessWorker
+    from prefect.client.schemas.actions import WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
 
     try:
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
-        template = _with_our_command(ProcessWorker.get_default_base_job_template())
-        about = "Renders, and the shards of their GPU stages, on all machines of this server."
-        with suppress(ObjectAlreadyExists):  # another machine was faster
-            client.create_work_pool(
-                WorkPoolCreate(
-                    name=POOL, type=ProcessWorker.type, description=about, base_job_template=template
-                )
-            )
+        _create_pool(client)
         return
-    if pool.type != ProcessWorker.type:
+    if pool.type != POOL_TYPE:
         raise AvatarError(
             f"the work pool `{POOL}` of the Prefect server is of type {pool.type}, ours is of type "
-            f"{ProcessWorker.type}: delete that one"
+            f"{POOL_TYPE}: delete that one"
         )
     template = _with_our_command(pool.base_job_template)
     if template != pool.base_job_template:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
+
+
+def _create_pool(client: "SyncPrefectClient") -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    template = _with_our_command(ProcessWorker.get_default_base_job_template())
+    about = "Renders, and the shards of their GPU stages, on all machines of this server."
+    pool = WorkPoolCreate(name=POOL, type=POOL_TYPE, description=about, base_job_template=template)
+    with suppress(ObjectAlreadyExists):  # another machine was faster
+        client.create_work_pool(pool)
 
 
 def _with_our_command(template: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +198,14 @@ def _schedule(cron: str, timezone: str) -> "DeploymentScheduleCreate":
     try:
         schedule = CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
-        what = error.errors()[0]["loc"][0]
-        if what == "timezone":
-            raise ConfigError(
-                f"--timezone {timezone}: no such time zone; give one such as Europe/Berlin"
-            ) from None
-        raise ConfigError(
-            f"--cron '{cron}': give minute, hour, day, month and day of the week, such as '0 2 * * *' for every "
-            "night at two"
-        ) from None
+        if error.errors()[0]["loc"] == ("timezone",):
+            problem = f"--timezone {timezone}: no such time zone; give one such as Europe/Berlin"
+        else:
+            problem = (
+                f"--cron '{cron}': give minute, hour, day, month and day of the week, such as '0 2 * * *' "
+                "for every night at two"
+            )
+        raise ConfigError(problem) from None
     return DeploymentScheduleCreate(schedule=schedule, slug="avatar")
 
 
@@ -211,9 +222,7 @@ def _check_is_ours(found: "DeploymentResponse | None", name: str, host: str) -> 
     if found is None:
         return
     if ON_DEMAND in found.tags:
-        raise ConfigError(
-            f"`{name}` is what the machine {name} is called on the server; choose another --name"
-        )
+        raise ConfigError(f"`{name}` is what a machine is called on the server; choose another --name")
     if (found.work_pool_name, found.work_queue_name) != (POOL, render_queue(host)):
         raise ConfigError(
             f"there is a deployment `{name}` already, of queue {found.work_queue_name} in work pool "

@@ -6,7 +6,7 @@ by the one coordinator; who does it are the lanes of the server's GPU queues, an
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +19,21 @@ from prefect.states import Cancelled as CancelledState
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from avatar_core.config import Config, parse
+from avatar_core.config import Config
 from avatar_core.errors import Cancelled
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import check_gpus, run_settings, workers_for
 from avatar_core.execution.worker import Worker
 from avatar_core.origins import is_undecided
 from avatar_core.pipeline import batch_run, begin_run, finish_run
-from avatar_core.planning.batch import open_batch, open_storage
-from avatar_core.planning.runs import find_run
+from avatar_core.planning.batch import open_batch
 from avatar_core.result import Result
+from flows import run_form
 from flows.alive import mark_alive
-from flows.compose import compose_config, quoted
+from flows.compose import quoted
 from flows.fan_out import FanOut, results_in
 from flows.placement import lanes_for
+from flows.run_form import RunForm, run_config
 from flows.run_pages import LogObserver, RunPages, logs_shown
 from flows.sources import take_in_sources
 from flows.stopping import stoppable
@@ -49,35 +50,50 @@ MAX_AT_ONCE = 1000
     persist_result=False,
 )
 def render_dataset(
-    table: str | None = None,
-    overrides: list[str] | None = None,
-    run: str | None = None,
-    config_dir: str | None = None,
+    table: run_form.Table = "",
+    batch: run_form.BatchFile = "",
+    backend: run_form.BackendChoice = "as configured",
+    preset: run_form.PresetChoice = "as configured",
+    limit: run_form.Limit = None,
+    only: run_form.Only = (),
+    stage: run_form.StageChoice = "none",
+    retry_failed: run_form.RetryFailed = False,
+    max_failed_fraction: run_form.MaxFailedFraction = None,
+    budget_hours: run_form.BudgetHours = None,
+    overrides: run_form.Overrides = (),
+    run: run_form.RecordedRun = "",
+    config_dir: run_form.ConfigDir = "",
 ) -> State[Any]:
     """Render a table to a dataset; a retry does what is missing and tries anew what failed.
 
-    `table` is a path or URI, `overrides` are options as on the command line, `config_dir` a folder with one's
-    own batch and preset files (else what AVATAR_CONFIG_DIR names); `run` names a recorded run whose options
-    count instead, but for the store. Prefect keeps parameters: credentials belong into the environment.
+    The parameters are those of `flows.run_form.RunForm`, which says of each what it is.
     """
+    form = RunForm(
+        table,
+        batch,
+        backend,
+        preset,
+        limit,
+        only,
+        stage,
+        retry_failed,
+        max_failed_fraction,
+        budget_hours,
+        overrides,
+        run,
+        config_dir,
+    )
     mark_alive(runtime.flow_run.id, runtime.flow_run.run_count)
     with _stop_signals() as stopped:
         try:
-            work = work_at_hand() or _opened(_config(table, overrides or [], run, config_dir), stopped)
+            work = work_at_hand() or _opened(_config(form), stopped)
             return _render(work)
         except Cancelled as ending:
             return CancelledState(message=f"{ending}; what is finished is kept, a retry goes on from here")
 
 
-def _config(table: str | None, overrides: Sequence[str], run: str | None, config_dir: str | None) -> Config:
-    given: dict[str, Any] = {"table": table} if table else {}
-    given |= {"retry_failed": True} if runtime.flow_run.run_count > 1 else {}
-    config = compose_config(overrides, Path(config_dir) if config_dir else None, given)
-    if run is None:
-        return config
-    recorded = find_run(open_storage(config), run).config
-    changes = {"table": table or recorded["table"], "storage": config.storage, "retry_failed": True}
-    return parse(Config, {**recorded, **changes})
+def _config(form: RunForm) -> Config:
+    return run_config(form, again=runtime.flow_run.run_count > 1)
 
 
 def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
@@ -87,7 +103,8 @@ def flow_parameters(config: Config, run_id: str) -> dict[str, Any]:
         table = None  # may hold credentials
     if "://" not in root:
         root = str(Path(root).expanduser().resolve())
-    return {"table": table, "overrides": [f"storage.root={quoted(root)}"], "run": run_id}
+    parameters = {"overrides": [f"storage.root={quoted(root)}"], "run": run_id}
+    return {**parameters, "table": table} if table else parameters
 
 
 def _opened(config: Config, cancelled: Callable[[], bool]) -> Work:

@@ -37,6 +37,7 @@ OPTIONS = {
     "gc": {"--delete", "--forget", "--min-age-days", "--config-dir"},
     "status": {"--config-dir"},
     "doctor": {"--config-dir"},
+    "deploy": {"--cron", "--timezone", "--name", "--config-dir", "--paused", "--remove"},
     "weights list": set(),
     "weights fetch": set(),
     "weights verify": set(),

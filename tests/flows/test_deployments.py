@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from flows.deploy import register_host
+from flows.prefect_client import prefect_client
 from tests.flows.conftest import PrefectServer
 from tests.processes import until
 from tests.sample_rows import Rendered, RunAvatar, write_table
@@ -25,6 +27,12 @@ RUN_S = 150.0
 OVERRIDES = ["name='été [1]'", "limit=1", "video.fps=20"]
 
 pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pool(prefect_server: PrefectServer) -> None:
+    with prefect_client(f"{prefect_server.address}/api") as client:
+        register_host(client, "here", ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +129,7 @@ def test_all_are_registered(deployments: dict[str, Any]) -> None:
     for name in ("nightly", "on-demand", "rerun-failures"):
         found = deployments[name]
         assert found["entrypoint"] == "flows.render.render_dataset"
-        assert found["work_pool_name"] == "local"
+        assert (found["work_pool_name"], found["work_queue_name"]) == ("avatar", "default")
         assert not found["paused"]
         steps = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
         assert found["pull_steps"] == steps
@@ -130,7 +138,7 @@ def test_all_are_registered(deployments: dict[str, Any]) -> None:
 @pytest.mark.drill
 def test_schedules_wait_for_a_table(deployments: dict[str, Any]) -> None:
     for name in ("nightly", "rerun-failures"):
-        assert deployments[name]["parameters"]["table"] is None
+        assert deployments[name]["parameters"]["table"] == ""
         (schedule,) = deployments[name]["schedules"]
         assert schedule["active"] is False
         assert schedule["schedule"]["timezone"] == "UTC"
@@ -138,7 +146,9 @@ def test_schedules_wait_for_a_table(deployments: dict[str, Any]) -> None:
         deployments[name]["schedules"][0]["schedule"]["cron"] for name in ("nightly", "rerun-failures")
     )
     assert int(nightly.split()[1]) < int(rerun.split()[1])
-    assert deployments["rerun-failures"]["parameters"]["overrides"] == ["retry_failed=true"]
+    assert deployments["rerun-failures"]["parameters"]["retry_failed"] is True
+    forms = [deployments[name]["parameter_openapi_schema"]["properties"] for name in ("nightly", "here")]
+    assert forms[0] == forms[1]
 
 
 @pytest.mark.drill
@@ -256,7 +266,7 @@ def test_a_run_finds_batch_files_in_the_folder_that_its_worker_names(
     (tmp_path / "own/batch").mkdir(parents=True)
     settings = f"table: {rendered.table}\nname: night\nlimit: 1\nstorage: {{root: {store}}}\n"
     (tmp_path / "own/batch/night.yaml").write_text(settings)
-    parameters = {"table": None, "overrides": ["batch=night"]}
+    parameters = {"table": "", "batch": "night"}
     deployment = deployments["on-demand"]["id"]
     wanted = {"parameters": parameters, "state": {"type": "PENDING"}}  # no worker takes it
     run = prefect_server.post(f"deployments/{deployment}/create_flow_run", wanted)

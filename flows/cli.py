@@ -232,16 +232,41 @@ def up(
     port: Annotated[
         int | None, typer.Option(help="4200 if not given.", min=1, max=65535, show_default=False)
     ] = None,
+    postgres: Annotated[
+        bool,
+        typer.Option("--postgres", help="Start a PostgreSQL for its records too (extra `postgres`)."),
+    ] = False,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep its records in this database of yours: postgresql://USER:PASSWORD@HOST/NAME or "
+            "sqlite:////PATH/TO/FILE. Neither option: SQLite in the state folder.",
+            metavar="URL",
+            show_default=False,
+        ),
+    ] = None,
+    keep_days: Annotated[
+        int | None,
+        typer.Option(
+            help="Finished runs and events go from the records after N days, 30 if not given; 0: never.",
+            min=0,
+            max=36500,
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Start a Prefect server in the background: renders then show in its web pages."""
     from flows.alive import crash_lost_runs
+    from flows.database import DatabaseOptions
     from flows.prefect_client import import_prefect
     from flows.server import start_server, stop_server
     from flows.status_view import print_server
     from flows.worker import ensure_work_pool
 
+    options = DatabaseOptions(postgres, database, keep_days)
     import_prefect()  # a server with settings that are wrong would end with a traceback in its log
-    server, fresh = start_server(host, port)
+    server, fresh = start_server(host, port, options)
     try:
         ensure_work_pool(server.api_url)
         crash_lost_runs(server.api_url)

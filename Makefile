@@ -41,7 +41,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing everything that the tests need into $(VENV) ..."
-	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,tts,s3,dev]'
+	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,tts,s3,postgres,dev]'
 	@$(COMPILE)
 	@touch $(VENV)/.demo $@
 

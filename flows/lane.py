@@ -25,6 +25,7 @@ from prefect.client.schemas import OrchestrationResult
 from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter, WorkQueueFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 from prefect.exceptions import Abort, ObjectAlreadyExists, Pause
 from prefect.flow_engine import run_flow
@@ -54,7 +55,16 @@ POLL_S = 15.0
 FLOW_BEAT_S = 30.0
 """Between two signs of life of a shard, which the automation that buries dead ones waits for."""
 RETRY_S = 2.0
+STUCK_S = 300.0
+"""For what the flow engine has to tell the server before and after a shard; then this process ends, and its
+supervisor starts another."""
 PROGRESS_S = 0.5
+EXIT_STUCK = 75
+_RELATED_FLOW = {
+    "prefect.resource.id": "prefect.flow.shard",
+    "prefect.resource.role": "flow",
+    "prefect.resource.name": "shard",
+}
 _LIVE = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
 
 
@@ -69,6 +79,12 @@ class Lane:
         self._at_hand: FlowRun | None = None
         self._cancellation = Cancellation()
         self._stopped_at_once = False
+        self._is_pool_paused = False
+        self._engine_s: float | None = None
+        self._of_queue: dict[str, Any] = {
+            "work_pool_filter": WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+            "work_queue_filter": WorkQueueFilter.model_validate({"name": {"any_": [queue]}}),
+        }
 
     def run(self) -> None:
         """Raises `ConfigError` where another lane serves the queue."""
@@ -110,9 +126,7 @@ class Lane:
     def _bury(self, client: SyncPrefectClient) -> None:
         """Shards that a former lane of this queue had are nobody's now."""
         for run in client.read_flow_runs(
-            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
-            work_queue_filter=WorkQueueFilter.model_validate({"name": {"any_": [self.queue]}}),
-            flow_run_filter=FlowRunFilter.model_validate(_LIVE),
+            **self._of_queue, flow_run_filter=FlowRunFilter.model_validate(_LIVE)
         ):
             client.set_flow_run_state(run.id, Crashed(message="its lane died"), force=True)
 
@@ -136,12 +150,21 @@ class Lane:
             self._run(client, run)
 
     def _claimed(self, client: SyncPrefectClient) -> FlowRun | None:
-        found = client.get_scheduled_flow_runs_for_work_pool(
-            work_pool_name=POOL, work_queue_names=[self.queue], scheduled_before=datetime.now(UTC)
+        """Found by reading: how workers ask makes the server write, and SQLite bears little of that."""
+        if self._is_pool_paused or client.read_work_queue_by_name(self.queue, POOL).is_paused:
+            return None
+        due = {"before_": datetime.now(UTC)}
+        found = client.read_flow_runs(
+            **self._of_queue,
+            flow_run_filter=FlowRunFilter.model_validate(
+                {"state": {"type": {"any_": ["SCHEDULED"]}}, "next_scheduled_start_time": due}
+            ),
+            sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+            limit=1,
         )
         if not found or self._stopping.is_set():
             return None
-        run = found[0].flow_run
+        run = found[0]
         answer: OrchestrationResult[Any] = client.set_flow_run_state(run.id, Pending())
         if answer.status != SetStateStatus.ACCEPT:
             return None
@@ -150,7 +173,7 @@ class Lane:
 
     def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
         self._cancellation = Cancellation()
-        self._at_hand = run
+        self._at_hand, self._engine_s = run, time.monotonic()
         try:
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 run_flow(shard, flow_run=run, parameters=run.parameters, return_type="state")
@@ -159,7 +182,7 @@ class Lane:
         except Exception as error:  # the server was away for longer than its client tries
             log.warning("shard %s: the server was not told of the end: %s", run.name, error)
         finally:
-            self._at_hand = None
+            self._at_hand, self._engine_s = None, None
         self._insist(lambda: self._settle(client, run.id))
 
     def _settle(self, client: SyncPrefectClient, run_id: UUID) -> None:
@@ -183,6 +206,15 @@ class Lane:
     # --- a shard
 
     def _serve(
+        self, store: str, run: str, job_id: str, item_timeout_s: float, options: Mapping[str, Any]
+    ) -> State[Any]:
+        self._engine_s = None
+        try:
+            return self._computed(store, run, job_id, item_timeout_s, options)
+        finally:
+            self._engine_s = time.monotonic()
+
+    def _computed(
         self, store: str, run: str, job_id: str, item_timeout_s: float, options: Mapping[str, Any]
     ) -> State[Any]:
         address = self._address(store, options)
@@ -217,11 +249,18 @@ class Lane:
             while True:
                 with suppress(*AWAY):
                     client.send_worker_heartbeat(POOL, self.info.worker, BEAT_S)
-                run = self._at_hand
+                    self._is_pool_paused = client.read_work_pool(POOL).is_paused
+                run, engine_s = self._at_hand, self._engine_s
+                if engine_s and time.monotonic() - engine_s > STUCK_S:
+                    log.error("%s: the flow engine does not come back: this lane is given up", self.queue)
+                    os._exit(EXIT_STUCK)
                 if run and time.monotonic() - told_s >= FLOW_BEAT_S:
                     told_s = time.monotonic()
-                    resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
-                    emit_event("prefect.flow-run.heartbeat", resource)
+                    emit_event(
+                        "prefect.flow-run.heartbeat",
+                        {"prefect.resource.id": f"prefect.flow-run.{run.id}"},
+                        related=[_RELATED_FLOW],
+                    )
                 time.sleep(BEAT_S)
 
     def _watch(self) -> None:

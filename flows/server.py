@@ -1,7 +1,7 @@
 """A Prefect server of the user's own: started in the background, found again, stopped.
 
 Nothing here imports Prefect, so that asking for the server costs a few milliseconds. What runs is kept as
-`server.json` in the state folder, beside the server's log and its database.
+`server.json` in the state folder, beside the server's log and its database (see `database.py`).
 """
 
 import dataclasses
@@ -25,6 +25,15 @@ from urllib.parse import urlsplit
 from platformdirs import user_state_path
 
 from avatar_core.errors import AvatarError, ConfigError
+from flows.database import (
+    KEEP_DAYS,
+    DatabaseOptions,
+    Kind,
+    check_same_database,
+    prepare_database,
+    restore_database,
+)
+from flows.postgres import stop_postgres
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 4200
 
@@ -49,11 +58,14 @@ _CLIENT_SETTINGS = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE")
 
 @dataclass(frozen=True)
 class Server:
-    """`started` tells its process from any other that has or will have the number `pid`."""
+    """`started` tells its process from any other that has or will have the number `pid`; `keep_days` is None
+    where Prefect's settings say how long runs are kept."""
 
     pid: int
     started: str
     address: str
+    database: Kind = "sqlite"
+    keep_days: int | None = KEEP_DAYS
 
     @property
     def api_url(self) -> str:
@@ -126,25 +138,31 @@ def answers(api_url: str) -> bool:
 
 
 def start_server(
-    host: str | None = None, port: int | None = None, *, timeout_s: float = START_TIMEOUT_S
+    host: str | None = None,
+    port: int | None = None,
+    options: DatabaseOptions | None = None,
+    *,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> tuple[Server, bool]:
     """The server, and whether it was started just now; it answers on return and outlives this process.
 
-    Raises `ConfigError` where the address cannot be had, `AvatarError` with the end of its log where the
-    server does not come up.
+    Raises `ConfigError` where the address or the database cannot be had, `AvatarError` with the end of its
+    log where the server does not come up.
     """
+    options = options or DatabaseOptions()
     with _changing():
         server = running_server()
         if server:
             _check_same_place(server, host, port)
+            check_same_database(options, server.database, server.keep_days, server.pid)
+            restore_database(server.database, state_folder())
             _wait_until_it_answers(server, timeout_s)
             return server, False
-        server = _launch(host or DEFAULT_HOST, port or DEFAULT_PORT)
         try:
+            server = _launch(host or DEFAULT_HOST, port or DEFAULT_PORT, options)
             _wait_until_it_answers(server, timeout_s)
         except BaseException:
-            _end(server, STOP_TIMEOUT_S)
-            _record_path().unlink()
+            _stop(server, STOP_TIMEOUT_S)
             raise
         return server, True
 
@@ -153,27 +171,34 @@ def stop_server(*, timeout_s: float = STOP_TIMEOUT_S) -> Server | None:
     """The server that was stopped, None where none ran."""
     with _changing():
         server = running_server()
-        if server:
-            _end(server, timeout_s)
-        _record_path().unlink(missing_ok=True)
+        _stop(server, timeout_s)
         return server
 
 
-def _launch(host: str, port: int) -> Server:
+def _stop(server: Server | None, timeout_s: float) -> None:
+    """Its database too, also where only that was left."""
+    if server:
+        _end(server, timeout_s)
+    stop_postgres(state_folder())
+    _record_path().unlink(missing_ok=True)
+
+
+def _launch(host: str, port: int, options: DatabaseOptions) -> Server:
     address = _free_address(host, port)
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
     folder = state_folder()
+    database = prepare_database(options, folder, os.environ)
     with log_path().open("wb") as log:
         process = subprocess.Popen(
             command,
             cwd=folder,  # away from settings files and packages in the user's folder
-            env=_server_settings(folder, os.environ),
+            env=_server_settings(folder, database.environment),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    server = Server(process.pid, process_start(process.pid) or "", address)
+    server = Server(process.pid, process_start(process.pid) or "", address, database.kind, database.keep_days)
     try:
         fresh = folder / "server.json.new"
         fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")

@@ -36,19 +36,58 @@ def up(
     pretend_gpus: PretendGpus = 0,
     name: HostName = None,
     renders: Renders = 1,
+    postgres: Annotated[
+        bool,
+        typer.Option("--postgres", help="Start a PostgreSQL for its records too (extra `postgres`)."),
+    ] = False,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep its records in this database of yours: postgresql://USER:PASSWORD@HOST/NAME or "
+            "sqlite:////PATH/TO/FILE. Neither option: SQLite in the state folder.",
+            metavar="URL",
+            show_default=False,
+        ),
+    ] = None,
+    keep_days: Annotated[
+        int | None,
+        typer.Option(
+            help="Finished runs and events go from the records after N days, 30 if not given; 0: never.",
+            min=0,
+            max=36500,
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            help="Tell this webhook or Apprise address of renders that fail, crash or are late; '' for none.",
+            metavar="URL",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Start a Prefect server in the background, with a lane for each GPU and a worker for renders."""
     from flows.alive import crash_lost_runs
-    from flows.prefect_client import import_prefect
+    from flows.automations import ensure_backstop, set_notifications
+    from flows.database import DatabaseOptions
+    from flows.prefect_client import import_prefect, load_prefect, prefect_client
     from flows.server import start_server, stop_server
     from flows.status_view import print_server
     from flows.supervisor import Crew, start_supervisor
 
     crew = Crew.of(gpus, pretend_gpus, name, renders)
+    options = DatabaseOptions(postgres, database, keep_days)
     import_prefect()  # a server with settings that are wrong would end with a traceback in its log
-    server, fresh = start_server(host, port)
+    server, fresh = start_server(host, port, options)
     try:
         crash_lost_runs(server.api_url)
+        load_prefect(server.api_url)
+        with prefect_client(server.api_url) as client:
+            ensure_backstop(client)
+            if notify is not None:
+                set_notifications(client, notify)
         supervisor = start_supervisor(crew, server.api_url)
     except BaseException:
         if fresh:

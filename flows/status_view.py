@@ -10,8 +10,16 @@ from rich.text import Text
 from avatar_core.errors import AvatarError
 from avatar_core.status import RunStatus, RunSummary
 from flows.alive import crash_lost_runs
+from flows.database import describe_database, history_elsewhere
 from flows.prefect_client import load_prefect, prefect_client, without_login
-from flows.server import Server, answers, log_path, running_server, server_environment
+from flows.server import (
+    Server,
+    answers,
+    log_path,
+    running_server,
+    server_environment,
+    state_folder,
+)
 from flows.supervisor import Record
 
 FAILURES_SHOWN = 20
@@ -22,6 +30,8 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
     lines = [
         f"the Prefect server is {'up' if fresh else 'up already'}: {server.address}",
         f"its log: {log_path()}",
+        _database(server),
+        *filter(None, [history_elsewhere(server.database, state_folder())]),
         f"queues of this machine: {', '.join(served.queues) or 'none'}",
         "renders run there from now on; `avatar down` stops it",
         f"for the `prefect` command: export PREFECT_API_URL={server.api_url}",
@@ -35,11 +45,12 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
 
 def print_address(console: Console) -> None:
     url = os.environ.get("PREFECT_API_URL")
-    server = None if url else running_server()
-    if url:
+    server = running_server()
+    if url and not (server and url == server.api_url):
         _print(console, f"server: {without_login(url)}{'' if answers(url) else ' (does not answer)'}")
     elif server:
         _print(console, f"server: {server.address}{'' if answers(server.api_url) else ' (does not answer)'}")
+        _print(console, _database(server))
     else:
         _print(console, "no server runs; `avatar up` starts one")
 
@@ -70,6 +81,10 @@ def print_run(console: Console, status: RunStatus) -> None:
     _print(console, f"dataset: {status.dataset or 'not published yet'}")
     for line in _flow_runs(run.id):
         _print(console, line)
+
+
+def _database(server: Server) -> str:
+    return describe_database(server.database, server.keep_days, state_folder())
 
 
 def _flow_runs(run_id: str) -> list[str]:

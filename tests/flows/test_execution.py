@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from flows.execution import Execution, Line, ShardRun
 
 from avatar_core.config import Config, parse
 from avatar_core.errors import Cancelled
@@ -13,7 +14,6 @@ from avatar_core.execution.worker import JobResult
 from avatar_core.pipeline import begin_run
 from avatar_core.planning.batch import Batch
 from avatar_core.progress import Silent
-from flows.execution import Execution, Line, ShardRun
 from tests.sample_rows import Rendered, data_files, open_known, videos, write_picture, write_table
 
 pytestmark = pytest.mark.timeout(120)

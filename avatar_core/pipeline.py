@@ -23,7 +23,7 @@ from avatar_core.execution.worker import InProcess
 from avatar_core.origins import check_origin, is_undecided, origin_of
 from avatar_core.planning.batch import Batch, open_batch
 from avatar_core.planning.rerun import rerun_config
-from avatar_core.planning.runs import RunRecord, write_run
+from avatar_core.planning.runs import RunRecord, resumed_run, write_run
 from avatar_core.progress import Observer, Silent
 from avatar_core.publish import Published, publish
 from avatar_core.result import Result
@@ -64,15 +64,18 @@ def rerun(
     return render(rerun_config(config, run, stage=stage, only_failed=only_failed), observer, cancelled)
 
 
-def begin_run(batch: Batch, *, elsewhere: bool = False) -> RunRecord:
-    """Write down what is asked, before any work. Raises `ConfigError` where the work cannot be done on this
-    machine, unless it is done `elsewhere`, or clips of another table would be lost."""
+def begin_run(batch: Batch, *, elsewhere: bool = False, resume: str | None = None) -> RunRecord:
+    """Write down what is asked, before any work, unless the run `resume` was asked the same. Raises
+    `ConfigError` where the work cannot be done on this machine, unless it is done `elsewhere`, or clips of
+    another table would be lost."""
     if not elsewhere:
         check_gpus(batch)
     if not is_undecided(batch):
         check_origin(batch)
-    backend = {"name": batch.backend.name, **asdict(batch.backend.config)}
-    record = write_run(batch.storage, batch.name, batch.config, backend, batch.clips.rows)
+    record = resumed_run(batch.storage, resume, batch.clips.rows) if resume else None
+    if record is None:
+        backend = {"name": batch.backend.name, **asdict(batch.backend.config)}
+        record = write_run(batch.storage, batch.name, batch.config, backend, batch.clips.rows)
     if batch.is_complete:
         record.write_plan(batch.clips)
     return record

@@ -112,7 +112,8 @@ def _opened(config: Config, cancelled: Callable[[], bool]) -> Work:
     batch = open_batch(config, observer)
     if is_undecided(batch):
         take_in_sources(batch, observer, cancelled)
-    return Work(batch, begin_run(batch, elsewhere=True), observer, cancelled)
+    resume = runtime.flow_run.name if runtime.flow_run.run_count > 1 else None
+    return Work(batch, begin_run(batch, elsewhere=True, resume=resume), observer, cancelled)
 
 
 def _render(work: Work) -> State[Any]:

@@ -58,7 +58,7 @@ class RunRecord:
         self._has_plan = False
 
     def write_plan(self, clips: Clips) -> None:
-        """Once all clips are known; what is written stays."""
+        """Once all clips are known. A run that is tried again may find other files under the same names."""
         if self._has_plan:
             return
         self._has_plan = True
@@ -81,6 +81,19 @@ def write_run(
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return RunRecord(storage, run_id)
+
+
+def resumed_run(storage: Storage, run_id: str, rows: TableRows) -> RunRecord | None:
+    """The record of a run that is tried again, None where it was asked for other rows or is not there."""
+    path = f"runs/{run_id}/rows.parquet"
+    if not storage.exists(path):
+        return None
+    recorded = pq.read_table(io.BytesIO(storage.read_bytes(path))).cast(_ROWS)
+    same = recorded.num_rows == len(rows) and all(
+        _rows(rows, *stretch).equals(recorded.slice(stretch[0], stretch[1] - stretch[0]))
+        for stretch in stretches(len(rows))
+    )
+    return RunRecord(storage, run_id) if same else None
 
 
 def list_runs(storage: Storage) -> list[str]:

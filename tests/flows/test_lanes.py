@@ -19,7 +19,7 @@ LONG_S = 180.0
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with fleet_in(tmp_path_factory.mktemp("fleet")) as fleet:
+    with fleet_in(tmp_path_factory.mktemp("fleet"), 2, "--postgres") as fleet:
         yield fleet
 
 
@@ -32,6 +32,11 @@ def ended(process, batch: StubBatch, code: int = 0) -> str:
 def under_way(batch: StubBatch, count: int, process) -> None:
     """Until so many clips are through the GPU stage."""
     until(lambda: len(batch.calls("denoise")) >= count, [process], patience_s=LONG_S)
+
+
+def is_at_work(fleet: Fleet, queue: str) -> bool:
+    running = {"state": {"type": {"any_": ["RUNNING"]}}}
+    return bool(fleet.api.shards(flow_runs=running, work_pool_queues={"name": {"any_": [queue]}}))
 
 
 def shards_of(fleet: Fleet, batch: StubBatch) -> list:
@@ -71,9 +76,9 @@ def test_a_model_is_loaded_once_per_lane(fleet: Fleet) -> None:
     first.render()
     fleet.batch("warm-2", 6, log="warm", denoise=0.2).render()
     assert len(first.calls("denoise")) == 12
-    loads = Counter(call.item for call in first.calls("load"))
-    assert loads
-    assert max(loads.values()) == 1
+    lines = [line.split() for log in fleet.folder.glob("*.log") for line in log.read_text().splitlines()]
+    loads = Counter(item for stage, item, *_ in lines if stage == "load")  # of each process, by all batches
+    assert set(loads.values()) == {1}
 
 
 def test_a_paused_queue_gets_nothing_and_gives_back_what_waits(fleet: Fleet) -> None:
@@ -102,19 +107,14 @@ def test_a_killed_lane_loses_nothing(fleet: Fleet) -> None:
     batch = fleet.batch("killed-lane", 24, denoise=0.5)
     process = batch.start("runtime.shard_seconds=1")
     under_way(batch, 4, process)
-    lane = until(lambda: fleet.here.lane(0))
+    lane = fleet.here.lane(0)
+    assert lane
+    until(lambda: is_at_work(fleet, QUEUES[0]), every_s=0.05)
     os.kill(lane, signal.SIGKILL)
     killed_s = time.time()
-    crashed = until(
-        lambda: (
-            [s for s in shards_of(fleet, batch) if s["state_type"] == "CRASHED"] or process.poll() is not None
-        ),
-        patience_s=30,
-        every_s=0.2,
-    )
-    assert time.time() - killed_s < 15
+    until(lambda: any(s["state_type"] == "CRASHED" for s in shards_of(fleet, batch)), every_s=0.2)
+    assert time.time() - killed_s < 10
     ended(process, batch)
-    assert crashed
     assert len({call.item for call in batch.calls("denoise")}) == 24
     assert sum(batch.repeated().values()) - len(batch.repeated()) <= 2  # what it had at hand
     fleet.wait_for_lanes(fleet.here, range(2))

@@ -116,7 +116,7 @@ def test_a_killed_lane_loses_nothing(fleet: Fleet) -> None:
     assert time.time() - killed_s < 10
     ended(process, batch)
     assert len({call.item for call in batch.calls("denoise")}) == 24
-    assert sum(batch.repeated().values()) - len(batch.repeated()) <= 2  # what it had at hand
+    assert len(batch.repeated()) <= 4  # the shard that it had at hand
     fleet.wait_for_lanes(fleet.here, range(2))
 
 

@@ -48,7 +48,7 @@ def register_host(client: "SyncPrefectClient", host: str, folder: Path | None = 
     """
     from prefect.client.schemas.actions import DeploymentUpdate
 
-    _ensure_pool(client)
+    ensure_pool(client)
     found = _find(client, host)
     if found is None:
         return _create_host(client, host, folder or Path.cwd())
@@ -82,7 +82,7 @@ def deploy_batch(
     another machine's, or `cron` or `timezone` is wrong.
     """
     schedules = [_schedule(cron, timezone)] if cron else []
-    _ensure_pool(client)
+    ensure_pool(client)
     _check_is_ours(_find(client, name), name, host)
     what = form.batch or form.table or "rows"
     return client.create_deployment(
@@ -128,7 +128,7 @@ def next_dates(client: "SyncPrefectClient", deployment: UUID, count: int = 3) ->
     return dates[:count]
 
 
-def _ensure_pool(client: "SyncPrefectClient") -> None:
+def ensure_pool(client: "SyncPrefectClient") -> None:
     """Only the command in its template is ours to keep: what else somebody changed there stays."""
     from prefect.client.schemas.actions import WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound

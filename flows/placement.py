@@ -11,6 +11,7 @@ from prefect.client.orchestration import get_client
 from avatar_core.execution.worker import PACKAGE_VERSION
 from avatar_core.planning.batch import Batch
 from avatar_core.store.storage import names_secret
+from flows.deploy import ensure_pool
 from flows.lane_info import LaneInfo
 from flows.lanes import Dispatch, Lanes, LaneWorker, ensure_shard_deployment
 from flows.names import host_name
@@ -25,6 +26,7 @@ def lanes_for(work: Work, on_lane: Callable[[str, LaneWorker], None]) -> Iterato
         yield None
         return
     with get_client(sync_client=True) as client:
+        ensure_pool(client)
         deployment = ensure_shard_deployment(client)
     storage = batch.config.storage
     dispatch = Dispatch(

@@ -155,9 +155,14 @@ def store(rendered: "Rendered", tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def avatar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "RunAvatar":
-    """Runs the `avatar` command in this process: exit code and output, both streams joined."""
+def avatar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> "RunAvatar":
+    """Runs the `avatar` command in this process, which knows of no server: exit code and output, both streams
+    joined."""
     from flows.cli import main
+
+    monkeypatch.setenv("AVATAR_STATE_DIR", str(tmp_path / "no-server"))
 
     def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["avatar", *map(str, words)])

@@ -13,9 +13,10 @@ import torch
 
 from avatar_core.backends.base import BACKENDS
 from avatar_core.backends.preview.backend import PreviewBackend
-from avatar_core.execution.batch_run import BatchRun, Call, in_a_thread
+from avatar_core.execution.batch_run import BatchRun, in_a_thread
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import run_settings
+from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.media.audio import load_mono
 from avatar_core.pipeline import render
@@ -245,9 +246,9 @@ def test_texts_are_said_by_all_workers(weights: Path, folder: Path, tmp_path: Pa
     )
     watcher, said = Watcher(), []
 
-    def submit(stage: str, worker: str, label: str, call: Call) -> None:
-        said.append((stage, worker))
-        in_a_thread(stage, worker, label, call)
+    def submit(call: ShardCall) -> None:
+        said.append((call.stage, call.worker_name))
+        in_a_thread(call)
 
     with WorkerProcesses(cpus=2) as workers:
         run = BatchRun(batch, run_settings(batch.config), watcher, submit=submit, sources_only=True)

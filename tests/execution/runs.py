@@ -10,6 +10,7 @@ from typing import Any
 from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import RunSettings
+from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.pipeline import begin_run, finish_run
 from avatar_core.planning.batch import Batch
@@ -40,9 +41,9 @@ class Run:
         drive = partial(Coordinator(self.queues).drive, self.work)
         return finish_run(batch, begin_run(batch), drive, self.watcher)
 
-    def submit(self, stage: str, queue: str, label: str, call: Callable[[Callable[[], None]], Any]) -> None:
-        self.submitted.append((stage, queue, label))
-        self.pool.submit(call, lambda: None)
+    def submit(self, call: ShardCall) -> None:
+        self.submitted.append((call.stage, call.worker_name, call.label))
+        self.pool.submit(call)
 
 
 def opened(rendered: Rendered, root: Path, **options: Any) -> Batch:

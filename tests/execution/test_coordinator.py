@@ -65,7 +65,7 @@ def test_videos_are_those_of_render(run: Run, rendered: Rendered, tmp_path: Path
     assert run.watcher.counts == {"face": 2, "audio": 2, "reference": 2, "denoise": 4, "decode": 4}
     assert {queue for _, queue, _ in run.submitted} == {"cpu-0", "cpu-1"}
     labels = [label for stage, _, label in run.submitted if stage == "face"]
-    assert labels[0] == "face 0001 · 1 picture"
+    assert labels[0] == "face 0001 · portrait-hello"
     tally = run.work.tallies["decode"]
     assert (tally.items, tally.cached, tally.to_do, tally.done, tally.failed) == (4, 0, 4, 4, 0)
     assert tally.seconds > 0

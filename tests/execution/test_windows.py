@@ -20,6 +20,7 @@ from avatar_core.errors import Cancelled
 from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import RunSettings
+from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.maintenance import collect_garbage, verify_run
 from avatar_core.pipeline import begin_run, finish_run, render, rerun
@@ -114,9 +115,9 @@ def by_queues(
     batch = open_known(values)
     with ThreadPoolExecutor(8) as pool:
 
-        def submit(stage: str, queue: str, label: str, call: Callable[[Callable[[], None]], Any]) -> None:
-            watcher.submitted.append((stage, queue, label))
-            pool.submit(call, lambda: None)
+        def submit(call: ShardCall) -> None:
+            watcher.submitted.append((call.stage, call.worker_name, call.label))
+            pool.submit(call)
 
         run = BatchRun(batch, SETTINGS, watcher, submit=submit)
         drive = partial(Coordinator(queues).drive, run)
@@ -177,7 +178,10 @@ def test_the_coordinator_gives_the_videos_of_render(
     assert len(list((tmp_path / "stages/denoise/manifests").iterdir())) == 6
     windows = [(queue, label) for stage, queue, label in watcher.submitted if stage == "denoise"]
     assert {queue for queue, _ in windows} == {"cpu-0", "cpu-1"}
-    assert [label for _, label in windows][:2] == ["denoise 0001 · 1 window", "denoise 0002 · 1 window"]
+    assert [label for _, label in windows][:2] == [
+        "denoise 0001 · long, window 1 of 3",
+        "denoise 0002 · middle, window 1 of 2",
+    ]
     ended = [row["key"] for stage, row in watcher.ended if stage == "denoise"]
     for keys in window_keys(tmp_path).values():
         assert [key for key in ended if key in keys] == keys

@@ -103,8 +103,19 @@ def render(
     only: Only = None,
     takes: Takes = None,
     config_dir: ConfigDir = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it to this machine's worker on the server, and return.")
+    ] = False,
 ) -> None:
     """Render a table, a batch file, or one picture with one recording."""
+    if detach:
+        from flows.detach import detach as leave_to_worker
+        from flows.detach import words_for
+
+        if output is not None:
+            raise ConfigError("-o/--output and --detach exclude each other: the videos are in the dataset")
+        leave_to_worker(console, words_for(words or [], limit, only or [], takes), config_dir)
+        return
     from flows.output import opened_destination
     from flows.rendering import render_shown
     from flows.terminal import print_result

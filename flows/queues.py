@@ -41,7 +41,7 @@ def read_queues(client: "SyncPrefectClient") -> list[QueueStatus]:
         queues = client.read_work_queues(work_pool_name=POOL)
     except ObjectNotFound:
         return []
-    alive = _alive(client)
+    alive = served_queues(client)
     return [
         _status(client, queue, alive) for queue in sorted(queues, key=lambda q: q.name) if host_of(queue.name)
     ]
@@ -60,7 +60,7 @@ def remove_host(client: "SyncPrefectClient", host: str) -> list[str]:
             {found for q in client.read_work_queues(work_pool_name=POOL) if (found := host_of(q.name))}
         )
         raise ConfigError(f"no machine is called `{host}` on the server; known: {', '.join(known) or 'none'}")
-    served = sorted(_alive(client) & {queue.name for queue in queues})
+    served = sorted(served_queues(client) & {queue.name for queue in queues})
     if served:
         raise ConfigError(f"{', '.join(served)} are served: stop `avatar worker` on {host} first")
     for queue in queues:
@@ -74,7 +74,7 @@ def remove_host(client: "SyncPrefectClient", host: str) -> list[str]:
     return sorted(names)
 
 
-def _alive(client: "SyncPrefectClient") -> set[str]:
+def served_queues(client: "SyncPrefectClient") -> set[str]:
     """Queues whose lane, or worker, has been heard of lately."""
     now = datetime.now(UTC)
     return {

@@ -1,0 +1,54 @@
+"""`avatar render --detach`: the render is left to this machine's worker, and the terminal is free."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from avatar_core.errors import ConfigError
+from avatar_core.planning.batch import batch_name, open_batch
+from flows.deploy_command import filled_form
+from flows.names import host_name, render_queue
+from flows.prefect_client import prefect_client
+from flows.run_form import run_config
+from flows.worker import connect
+
+
+def detach(console: Console, words: Sequence[str], config_dir: Path | None) -> None:
+    """Raises `ConfigError` for what cannot be rendered, which is looked at now, and where nobody would."""
+    form = filled_form(words, config_dir)
+    config = run_config(form)
+    open_batch(config)
+    connect()
+    from prefect.utilities.urls import url_for
+
+    from flows.deploy import register_host
+    from flows.queues import served_queues
+
+    host = host_name()
+    with prefect_client() as client:
+        deployment = register_host(client, host)
+        run = client.create_flow_run_from_deployment(
+            deployment,
+            parameters=form.filled_in(),
+            name=batch_name(config),
+            work_queue_name=render_queue(host),
+        )
+        is_served = render_queue(host) in served_queues(client)
+    for line in (
+        f"submitted: {url_for(run)}",
+        f"`avatar status {batch_name(config)}` and `avatar logs {batch_name(config)} -f` tell how it goes"
+        if is_served
+        else f"nobody renders on {host} yet: `avatar up` or `avatar worker` there does what waits",
+    ):
+        console.print(Text(line), soft_wrap=True)
+
+
+def words_for(words: Sequence[str], limit: int | None, only: Sequence[str], takes: int | None) -> list[str]:
+    """Options of the command as overrides. Raises `ConfigError` for one picture and one recording."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError("--detach goes with a table or a batch file, not with a picture and a recording")
+    given = {"limit": limit, "takes": takes, "only": f"[{','.join(map(repr, only))}]" if only else None}
+    return [*words, *(f"{name}={value}" for name, value in given.items() if value is not None)]

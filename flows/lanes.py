@@ -63,6 +63,35 @@ class Dispatch:
 
 
 @dataclass
+class LaneTally:
+    """What a lane has done for this render; `busy_s` since `first_s`, the begin of its first shard."""
+
+    shards: int = 0
+    items: int = 0
+    deaths: int = 0
+    busy_s: float = 0.0
+    first_s: float | None = None
+
+    @property
+    def busy_share(self) -> float:
+        if self.first_s is None:
+            return 0.0
+        return min(1.0, self.busy_s / max(time.monotonic() - self.first_s, 0.001))
+
+    def begin(self) -> float:
+        now_s = time.monotonic()
+        if self.first_s is None:
+            self.first_s = now_s
+        return now_s
+
+    def count(self, begun_s: float, result: JobResult) -> None:
+        self.busy_s += time.monotonic() - begun_s
+        self.deaths += result.died or result.hung
+        self.shards += bool(result.rows)
+        self.items += len(result.rows)
+
+
+@dataclass
 class _Order:
     """A shard's run on a queue; `state` is the last that was seen of it."""
 
@@ -124,6 +153,11 @@ class Lanes:
     @property
     def names(self) -> list[str]:
         return list(self._workers)
+
+    @property
+    def tallies(self) -> dict[str, tuple[LaneTally, str]]:
+        """By queue, with why it is given nothing."""
+        return {name: (each.tally, each.unavailable or "") for name, each in list(self._workers.items())}
 
     # --- for the workers
 
@@ -242,6 +276,7 @@ class LaneWorker:
     def __init__(self, lanes: Lanes, queue: str) -> None:
         self.queue = queue
         self.is_gone = False
+        self.tally = LaneTally()
         self._lanes = lanes
         self._is_paused = False
         self._beat: tuple[str, datetime] | None = None
@@ -319,7 +354,7 @@ class LaneWorker:
         self, order: _Order, file: JobFile, cancellation: Cancellation, listener: Listener
     ) -> JobResult | None:
         """None where nothing came of it, through no fault of its own."""
-        begun = False
+        begun_s: float | None = None
         give_up_s, look_s = float("inf"), time.monotonic() + RESULT_S
         with cancellation.heard_by(order.changed.set):
             while time.monotonic() < give_up_s:
@@ -327,9 +362,12 @@ class LaneWorker:
                 order.changed.clear()
                 state = order.state
                 if state.is_final():
-                    return self._result(state, file)
-                if not begun and state.is_running():
-                    begun = True
+                    result = self._result(state, file)
+                    if begun_s is not None:
+                        self.tally.count(begun_s, result or JobResult(died=state.is_crashed()))
+                    return result
+                if begun_s is None and state.is_running():
+                    begun_s = self.tally.begin()
                     listener.on_start()
                 is_unwanted = cancellation.asked() or (state.is_scheduled() and self._gives_back)
                 if is_unwanted and give_up_s == float("inf"):

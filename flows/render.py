@@ -34,7 +34,8 @@ from flows.compose import quoted
 from flows.fan_out import FanOut, results_in
 from flows.placement import lanes_for
 from flows.run_form import RunForm, run_config
-from flows.run_pages import LogObserver, RunPages, logs_shown
+from flows.run_log import LogObserver, logs_shown
+from flows.run_pages import RunPages
 from flows.sources import take_in_sources
 from flows.stopping import stoppable
 from flows.work import Work, work_at_hand
@@ -130,7 +131,7 @@ def _render(work: Work) -> State[Any]:
             results_in(StoreFiles(storage=batch.storage)),
         ):
             fan_out.reuse({stage: plan.cached for stage, plan in batch.plan().items()})
-            with _workers(work) as coordinator:
+            with _workers(work, pages) as coordinator:
                 result = finish_run(batch, work.record, lambda: coordinator.drive(run), work.observer)
             work.outcome.set_result(result)
             fan_out.settle()
@@ -142,7 +143,7 @@ def _render(work: Work) -> State[Any]:
 
 
 @contextmanager
-def _workers(work: Work) -> Iterator[Coordinator]:
+def _workers(work: Work, pages: RunPages) -> Iterator[Coordinator]:
     """The lanes of the server's GPU queues, if any serves this batch, and children of this machine."""
     batch, settings = work.batch, run_settings(work.batch.config)
     joining: list[tuple[str, Worker]] = []
@@ -155,6 +156,7 @@ def _workers(work: Work) -> Iterator[Coordinator]:
             coordinator.join(name, lane)
 
     with lanes_for(work, join) as lanes:
+        pages.lanes = lanes
         if lanes is not None:
             settings = replace(settings, gpus=())
         else:

@@ -1,10 +1,11 @@
-"""What the pages of a run show: its name, progress, stages, failures and dataset, and its log."""
+"""What the pages of a run show: its name, how far it is, its stages and queues, and what came of it."""
 
+import base64
 import contextvars
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -14,128 +15,44 @@ from prefect import get_client, runtime
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactUpdate
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
 from slugify import slugify
 
 from avatar_core.execution.batch_run import BatchRun
-from avatar_core.progress import Silent
+from avatar_core.execution.tally import counted
+from avatar_core.media.contact_sheet import contact_sheet
 from avatar_core.result import Result
+from avatar_core.store.storage import Storage
 from flows.alive import crash_lost_runs
+from flows.lanes import Lanes
 from flows.work import Work
 
 log = logging.getLogger(__name__)
 
 UPDATE_INTERVAL_S = 2.0
 FAILURES_SHOWN = 500
+CLIPS_SHOWN = 6
 
-
-class LogObserver(Silent):
-    """Where no terminal looks on, the log tells what the tables do not; failures are logged in any case."""
-
-    def __init__(self) -> None:
-        self._logger = get_run_logger()
-
-    def warning(self, message: str) -> None:
-        self._logger.warning("%s", message)
-
-
-@contextmanager
-def logs_shown(run: BatchRun) -> Iterator[None]:
-    """What is logged goes to the page of the task, or the flow, in whose thread it is."""
-    handler = _RunLog(run.name_of)
-    loggers = [logging.getLogger(name) for name in ("avatar_core", "flows", "tasks")]
-    before = [(logger, logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-    engine = logging.getLogger("prefect.task_runs")
-    engine.addFilter(_is_said_once)
-    try:
-        yield
-    finally:
-        engine.removeFilter(_is_said_once)
-        for logger, level, propagate in before:
-            logger.setLevel(level)
-            logger.propagate = propagate
-            logger.removeHandler(handler)
-
-
-def _is_said_once(record: logging.LogRecord) -> bool:
-    """Prefect tells of a failed task, and then again of the state that it ended in."""
-    return not str(record.msg).startswith("Task run failed with state")
-
-
-class _RunLog(logging.Handler):
-    """Records of the work, with the clip that each is about."""
-
-    def __init__(self, name_of: Callable[[str], str | None]) -> None:
-        super().__init__()
-        self._name_of = name_of
-        self._of_flow = get_run_logger()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "is_of_item", False):
-            return  # the task that it belongs to ends in a state that says so, which Prefect logs
-        try:
-            key = getattr(record, "item_key", None)
-            name = key and self._name_of(key)
-            text = f"{name}: {self.format(record)}" if name else self.format(record)
-            self._logger().log(record.levelno, "%s", text)
-        except Exception:
-            self.handleError(record)
-
-    def _logger(self) -> Any:
-        try:
-            return get_run_logger()
-        except MissingContextError:
-            return self._of_flow
-
-
-@contextmanager
-def _not_vital() -> Iterator[None]:
-    """A server that is away costs its pages, not the run."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("the Prefect server was not told: %s", error)
-
-
-def _show_result(name: str, result: Result) -> None:
-    failures = result.failures.head(FAILURES_SHOWN)
-    if len(failures):
-        columns = ["name", "row", "failed_stage", "error"]
-        shown = failures[columns].assign(row=failures["row"] + 1)  # as `avatar status` counts
-        table = json.loads(shown.to_json(orient="records"))
-        create_table_artifact(
-            table, f"{_key(name)}-failures", f"{len(result.failures)} of {len(result.clips)} clips failed"
-        )
-    finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
-    text = f"{finished} of {len(result.clips)} clips are in\n\n`{result.dataset}`\n"
-    create_markdown_artifact(text, f"{_key(name)}-dataset", f"dataset {name}")
-
-
-def _key(name: str) -> str:
-    """Artifact keys hold small ASCII letters, digits and dashes only."""
-    return slugify(name) or "dataset"
+Table = list[dict[str, Any]]
 
 
 class RunPages:
     """Beside the run: gives it its name, shows its progress and hears of a cancellation.
 
-    In a thread of its own, so that a slow or absent server keeps nothing else waiting.
+    In a thread of its own, so that a slow or absent server keeps nothing else waiting. `lanes` are shown once
+    they are known.
     """
 
     def __init__(self, work: Work, run: BatchRun, stop: Callable[[], None]) -> None:
+        self.lanes: Lanes | None = None
         self._run_id, self._name = work.record.id, work.batch.name
+        self._storage = work.batch.storage
         self._run, self._stop = run, stop
         self._over = threading.Event()
         self._flow_run_id = UUID(runtime.flow_run.id)
-        self._progress_id: Any = None
-        self._table_id: Any = None
+        self._shown: dict[str, Any] = {}  # ids of artifacts, by what they show
+        self._is_known_away = False
         context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._watch,), daemon=True)
+        self._thread = threading.Thread(target=context.run, args=(self._watch,), name="pages", daemon=True)
 
     def __enter__(self) -> "RunPages":
         self._thread.start()
@@ -147,47 +64,146 @@ class RunPages:
 
     def show(self, result: Result) -> None:
         """What came of it."""
-        with _not_vital():
-            _show_result(self._name, result)
+        with self._not_vital():
+            _show_failures(self._key("failures"), result)
+        with self._not_vital():
+            _show_dataset(self._key("dataset"), self._name, result, self._run)
+        with self._not_vital():
+            _show_clips(self._key("clips"), self._storage, self._name, result)
+
+    def _key(self, what: str) -> str:
+        """Artifact keys hold small ASCII letters, digits and dashes only."""
+        return f"{slugify(self._name) or 'dataset'}-{what}"
+
+    @contextmanager
+    def _not_vital(self) -> Iterator[None]:
+        """A server that is away costs its pages, not the run; that is said once."""
+        try:
+            yield
+            self._is_known_away = False
+        except Exception as error:
+            if not self._is_known_away:
+                log.warning("the Prefect server was not told: %s", error)
+            self._is_known_away = True
 
     def _watch(self) -> None:
         with get_client(sync_client=True) as client:
-            over = False
-            while not over:
-                with _not_vital():
-                    if self._table_id is None:
-                        self._introduce(client)
-                    else:
-                        self._update(client)
-                over = self._over.wait(UPDATE_INTERVAL_S)
-            with _not_vital():
+            with self._not_vital():
+                crash_lost_runs()
+                client.update_flow_run(self._flow_run_id, name=self._run_id)
+            is_over = False
+            while not is_over:
+                with self._not_vital():
+                    self._update(client)
+                is_over = self._over.wait(UPDATE_INTERVAL_S)
+            with self._not_vital():
                 self._update(client)
-
-    def _introduce(self, client: SyncPrefectClient) -> None:
-        crash_lost_runs()
-        client.update_flow_run(self._flow_run_id, name=self._run_id)
-        self._progress_id = create_progress_artifact(
-            0.0, f"{_key(self._name)}-progress", "percent of the expected time"
-        )
-        self._table_id = create_table_artifact(self._table(), f"{_key(self._name)}-stages", "items by stage")
 
     def _update(self, client: SyncPrefectClient) -> None:
         state = client.read_flow_run(self._flow_run_id).state
         if state and (state.is_cancelling() or state.is_cancelled()):
             self._stop()
-        percent = round(100 * self._run.progress, 1)
-        client.update_artifact(self._progress_id, ArtifactUpdate(data=percent))
-        client.update_artifact(self._table_id, ArtifactUpdate(data=json.dumps(self._table())))
+        self._show_progress(client)
+        self._show_table(client, "stages", "items by stage", _stages(self._run))
+        if self.lanes and (rows := _queues(self.lanes)):
+            self._show_table(client, "queues", "what each GPU has done for this run", rows)
 
-    def _table(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "stage": stage,
-                "items": tally.items,
-                "cached": tally.cached,
-                "done": tally.done,
-                "failed": tally.failed,
-                "seconds": round(tally.seconds, 1),
-            }
-            for stage, tally in list(self._run.tallies.items())
-        ]
+    def _show_progress(self, client: SyncPrefectClient) -> None:
+        percent, about = round(100 * self._run.progress, 1), _time_left(self._run.seconds_left)
+        if "progress" not in self._shown:
+            self._shown["progress"] = create_progress_artifact(percent, self._key("progress"), about)
+        client.update_artifact(self._shown["progress"], ArtifactUpdate(data=percent, description=about))
+
+    def _show_table(self, client: SyncPrefectClient, what: str, about: str, rows: Table) -> None:
+        if what not in self._shown:
+            self._shown[what] = create_table_artifact(rows, self._key(what), about)
+        client.update_artifact(self._shown[what], ArtifactUpdate(data=json.dumps(rows)))
+
+
+def _stages(run: BatchRun) -> Table:
+    return [
+        {
+            "stage": stage,
+            "items": tally.items,
+            "cached": tally.cached,
+            "done": tally.done,
+            "failed": tally.failed,
+            "seconds": round(tally.seconds, 1),
+        }
+        for stage, tally in list(run.tallies.items())
+    ]
+
+
+def _queues(lanes: Lanes) -> Table:
+    return [
+        {
+            "queue": name,
+            "shards": tally.shards,
+            "items": tally.items,
+            "busy": f"{tally.busy_share:.0%}",
+            "deaths": tally.deaths,
+            "state": state,
+        }
+        for name, (tally, state) in lanes.tallies.items()
+    ]
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return "percent of the expected time"
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    minutes = round(seconds / 60)
+    return (
+        f"about {minutes // 60} h {minutes % 60:02d} min left"
+        if minutes >= 60
+        else f"about {minutes} min left"
+    )
+
+
+def _show_failures(key: str, result: Result) -> None:
+    failures = result.failures.head(FAILURES_SHOWN)
+    if not len(failures):
+        return
+    table = [
+        {
+            "clip": failure["name"],
+            "row": failure["row"] + 1,  # as `avatar status` counts
+            "stage": failure["failed_stage"],
+            "reason": failure["error"],
+            "what to do": _remedy(failure),
+        }
+        for failure in json.loads(failures.to_json(orient="records"))
+    ]
+    create_table_artifact(table, key, f"{len(result.failures)} of {len(result.clips)} clips failed")
+
+
+def _remedy(failure: Mapping[str, Any]) -> str:
+    if failure["failed_stage"] in ("ingest", "speech"):
+        return "mend the file or the row, then retry the run: what is finished is kept"
+    return "retry the run to try it again, or change the row"
+
+
+def _show_dataset(key: str, name: str, result: Result, run: BatchRun) -> None:
+    finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
+    gpu_s = sum(tally.seconds for stage, tally in run.tallies.items() if run.is_on_gpu(stage))
+    size = pc.sum(result.clips["bytes"]).as_py() or 0
+    text = (
+        f"{finished} of {counted('clip', len(result.clips))} are in\n\n`{result.dataset}`\n\n"
+        f"{size / 1e6:.1f} MB of videos; {gpu_s:.0f} GPU seconds in this run\n"
+    )
+    create_markdown_artifact(text, key, f"dataset {name}")
+
+
+def _show_clips(key: str, storage: Storage, name: str, result: Result) -> None:
+    """The first clips, as a picture within the text: the server can open no file of the store."""
+    finished = result.clips.filter(pc.equal(result.clips["status"], "ok")).slice(0, CLIPS_SHOWN)
+    rows = finished.select(["name", "file_name", "sha256"]).to_pylist()
+    if not rows:
+        return
+    paths = [storage.local_path(f"datasets/{name}/{row['file_name']}", row["sha256"]) for row in rows]
+    picture = base64.b64encode(contact_sheet(paths)).decode()
+    names = ", ".join(row["name"] for row in rows)
+    create_markdown_artifact(
+        f"![the first clips](data:image/jpeg;base64,{picture})\n\n{names}\n", key, "first clips"
+    )

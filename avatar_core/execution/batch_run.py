@@ -121,6 +121,14 @@ class BatchRun:
         elapsed_s, left_s = time.monotonic() - self._start_s, self._schedule.forecast_seconds
         return elapsed_s / (elapsed_s + left_s) if left_s else 1.0
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected, None while that is not known."""
+        return self._schedule.forecast_seconds if self._schedule and self.batch.is_complete else None
+
+    def is_on_gpu(self, stage: str) -> bool:
+        return self.batch.stages[stage].device_kind == "gpu"
+
     def name_of(self, key: str) -> str | None:
         """The first clip that needs an item which is being worked on, or the source that it takes in."""
         for flight in list(self._flights.values()):

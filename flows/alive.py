@@ -85,6 +85,18 @@ def _crash(client: "SyncPrefectClient", run: "FlowRun") -> None:
     for task_run in client.read_task_runs(flow_run_filter=within, task_run_filter=begun):
         client.set_task_run_state(task_run.id, Crashed(message=MESSAGE), force=True)
     client.set_flow_run_state(run.id, Crashed(message=MESSAGE), force=True)
+    _recall_shards(client, run)
+
+
+def _recall_shards(client: "SyncPrefectClient", run: "FlowRun") -> None:
+    """Nobody waits any more for what of the run still waits on queues of GPUs; what is at work there is
+    committed in any case."""
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Cancelled
+
+    waiting = {"tags": {"all_": [run.name]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+    for shard in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(waiting)):
+        client.set_flow_run_state(shard.id, Cancelled(message=MESSAGE), force=True)
 
 
 def _lost_runs() -> dict[UUID, int]:

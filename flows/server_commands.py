@@ -123,13 +123,14 @@ def worker(
 ) -> None:
     """Serve the GPUs and renders of this machine for a server, until Ctrl-C."""
     from flows.supervisor import Crew, supervise
-    from flows.worker import connect
+    from flows.worker import check_named, connect
 
     crew = Crew.of(gpus, pretend_gpus, name, renders)
-    connect()
     if remove is None:
+        check_named()  # who only looks after processes does without Prefect
         supervise(crew)
         return
+    connect()
     from flows.prefect_client import prefect_client
     from flows.queues import remove_host
 

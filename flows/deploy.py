@@ -48,7 +48,7 @@ def register_host(client: "SyncPrefectClient", host: str, folder: Path | None = 
     """
     from prefect.client.schemas.actions import DeploymentUpdate
 
-    _ensure_pool(client)
+    ensure_pool(client)
     found = _find(client, host)
     if found is None:
         return _create_host(client, host, folder or Path.cwd())
@@ -63,6 +63,13 @@ def register_host(client: "SyncPrefectClient", host: str, folder: Path | None = 
     if any(getattr(found, name) != value for name, value in wanted.items()):
         client.update_deployment(found.id, DeploymentUpdate.model_validate(wanted))
     return found.id
+
+
+def remove_host_deployment(client: "SyncPrefectClient", host: str) -> None:
+    """What `register_host` made, if it is there."""
+    found = _find(client, host)
+    if found and ON_DEMAND in found.tags:
+        client.delete_deployment(found.id)
 
 
 def deploy_batch(
@@ -82,7 +89,7 @@ def deploy_batch(
     another machine's, or `cron` or `timezone` is wrong.
     """
     schedules = [_schedule(cron, timezone)] if cron else []
-    _ensure_pool(client)
+    ensure_pool(client)
     _check_is_ours(_find(client, name), name, host)
     what = form.batch or form.table or "rows"
     return client.create_deployment(
@@ -128,7 +135,7 @@ def next_dates(client: "SyncPrefectClient", deployment: UUID, count: int = 3) ->
     return dates[:count]
 
 
-def _ensure_pool(client: "SyncPrefectClient") -> None:
+def ensure_pool(client: "SyncPrefectClient") -> None:
     """Only the command in its template is ours to keep: what else somebody changed there stays."""
     from prefect.client.schemas.actions import WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound

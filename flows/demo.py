@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TABLE = "data/samples/batch.csv"
 OUTPUT = Path("output-prefect")
-ROWS, GPUS = 4, 2
+ROWS, GPUS = 3, 2
 STAGES = ("ingest", "face", "audio", "text", "reference", "denoise", "decode")
 """That the graph must have, in the order in which they are listed."""
 PATIENCE_S = 60.0
@@ -100,7 +100,14 @@ def _server() -> "Iterator[SyncPrefectClient]":
 def _demonstrate(client: "SyncPrefectClient", store: Path) -> list[str]:
     """What is missing of what it was to show."""
     _say(f"Rendering {ROWS} rows of {TABLE} with a tiny random model (hunyuan) on them ...\n")
-    options = ["backend=hunyuan", "preset=tiny", f"storage.root={store}", "--limit", str(ROWS)]
+    options = [
+        "backend=hunyuan",
+        "preset=tiny",
+        f"storage.root={store}",
+        "runtime.cpus=1",
+        "--limit",
+        str(ROWS),
+    ]
     _run("render", TABLE, *options)
     run, nodes = _graph(client)
     from prefect.utilities.urls import url_for
@@ -158,7 +165,8 @@ def _show_graph(nodes: Sequence[dict[str, Any]]) -> int:
     shards = Counter(stage_of.values())
     above: dict[str, Counter[str]] = defaultdict(Counter)
     for node in nodes:
-        above[_stage(node)].update(stage_of[parent["id"]] for parent in node["parents"])
+        parents = {parent["id"] for parent in node["parents"]}  # the server names some more than once
+        above[_stage(node)].update(stage_of[parent] for parent in parents)
     edges = sum(count.total() for count in above.values())
     _say(f"Its graph has {len(nodes)} nodes and {edges} edges:")
     for stage in sorted(shards, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES)):

@@ -64,7 +64,7 @@ def status_of(client: "SyncPrefectClient", queue: str) -> QueueStatus:
 def printed(fleet: Fleet) -> str:
     console = Console(file=io.StringIO(), width=140)
     console.print(status_view._queue_table(fleet))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- what the server has

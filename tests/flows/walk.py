@@ -110,7 +110,7 @@ class Walk:
         )
 
     def halted_lane(self) -> int | None:
-        """That of the second queue, halted with a shard at work, which might end before it could be killed."""
+        """That of the second queue, halted with a shard at work, which might else end before the kill."""
         if lane := self.here.lane(1):
             os.kill(lane, signal.SIGSTOP)
             time.sleep(0.5)  # for what it has just told the server

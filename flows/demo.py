@@ -155,7 +155,7 @@ def _show_graph(nodes: Sequence[dict[str, Any]]) -> int:
     for stage in sorted(shards, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES)):
         counts = ", ".join(f"{parent} ({count})" for parent, count in above[stage].items())
         edges_from = f"  edges from {counts}" if counts else ""
-        _say(f"  {stage:<10} {counted('shard', shards[stage]):<9}{edges_from}")
+        _say(f"  {stage:<10} {counted('shard', shards[stage]):<9}{edges_from}".rstrip())
     return edges
 
 

@@ -17,8 +17,8 @@ import pytest
 from avatar_core.errors import AvatarError
 from flows.server import (
     Server,
-    _start_of,
     answers,
+    process_start,
     running_server,
     server_environment,
     start_server,
@@ -154,7 +154,7 @@ def test_a_server_that_takes_too_long_is_ended(state: Path) -> None:
 
 
 def test_down_ends_what_ignores_sigterm(state: Path, stubborn: subprocess.Popen[bytes]) -> None:
-    server = Server(stubborn.pid, _start_of(stubborn.pid) or "", "http://127.0.0.1:1")
+    server = Server(stubborn.pid, process_start(stubborn.pid) or "", "http://127.0.0.1:1")
     record(state, server)
     assert stop_server(timeout_s=0.3) == server
     assert stubborn.wait() == -signal.SIGKILL
@@ -223,7 +223,7 @@ def test_environment_without_a_server(state: Path) -> None:
 def test_environment_of_a_server_that_does_not_answer(state: Path, stubborn: subprocess.Popen[bytes]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        record(state, Server(stubborn.pid, _start_of(stubborn.pid) or "", address))
+        record(state, Server(stubborn.pid, process_start(stubborn.pid) or "", address))
         assert running_server()
         began = time.monotonic()
         assert server_environment() == {}
@@ -233,9 +233,9 @@ def test_environment_of_a_server_that_does_not_answer(state: Path, stubborn: sub
 def test_a_process_that_took_over_the_number_is_left_alone(
     avatar: RunAvatar, state: Path, stubborn: subprocess.Popen[bytes]
 ) -> None:
-    own = _start_of(os.getpid())
+    own = process_start(os.getpid())
     assert own
-    assert own != _start_of(stubborn.pid)
+    assert own != process_start(stubborn.pid)
     record(state, Server(stubborn.pid, own, "http://127.0.0.1:1"))
     assert server_environment() == {}
     assert avatar("down") == (0, "no server runs\n")
@@ -244,14 +244,14 @@ def test_a_process_that_took_over_the_number_is_left_alone(
 
 
 def test_a_process_that_ended_has_no_start(stubborn: subprocess.Popen[bytes]) -> None:
-    assert _start_of(stubborn.pid) == _start_of(stubborn.pid)
+    assert process_start(stubborn.pid) == process_start(stubborn.pid)
     stubborn.kill()
     time_out = time.monotonic() + 10
-    while _start_of(stubborn.pid) and time.monotonic() < time_out:
+    while process_start(stubborn.pid) and time.monotonic() < time_out:
         time.sleep(0.01)
-    assert _start_of(stubborn.pid) is None  # not yet waited for
+    assert process_start(stubborn.pid) is None  # not yet waited for
     stubborn.wait()
-    assert _start_of(stubborn.pid) is None
+    assert process_start(stubborn.pid) is None
 
 
 def test_finding_the_server_imports_no_prefect(shared_state: PrefectServer) -> None:

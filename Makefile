@@ -8,13 +8,17 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-inp
 # pip compiles on one core, which takes as long as all the rest. Some packages hold files that are no Python.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 .DEFAULT_GOAL := help
-.PHONY: help demo test drill lint check constraints clean
+.PHONY: help demo demo-prefect test drill lint check constraints clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile | column -t -s ':' 2>/dev/null || grep '##' Makefile
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | column -t -s ':' 2>/dev/null || grep '##' Makefile
 
 demo: $(VENV)/.demo  ## install what the sample batch needs, and render it
 	$(BIN)/avatar render data/samples/batch.csv
+	@echo "The same on a Prefect server, with its graph and the queues of two pretended GPUs: make demo-prefect"
+
+demo-prefect: $(VENV)/.demo-prefect  ## render samples on a Prefect server's queues of two pretended GPUs
+	$(BIN)/python -P -m flows.demo
 
 test: $(VENV)/.dev  ## run the tests, but for the long drills
 	$(BIN)/python -m pytest -m "not drill"
@@ -38,12 +42,19 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(COMPILE)
 	@touch $@
 
+$(VENV)/.demo-prefect: pyproject.toml constraints.txt
+	@$(make-venv)
+	@echo "Installing a backend with a neural network, and PostgreSQL, into $(VENV) (some GB, for torch) ..."
+	@$(INSTALL) -e '.[preview,hunyuan,postgres]'
+	@$(COMPILE)
+	@touch $(VENV)/.demo $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	@$(make-venv)
 	@echo "Installing everything that the tests need into $(VENV) ..."
 	@$(INSTALL) -e '.[preview,hunyuan,ditto,multitalk,tts,s3,postgres,dev]'
 	@$(COMPILE)
-	@touch $(VENV)/.demo $@
+	@touch $(VENV)/.demo $(VENV)/.demo-prefect $@
 
 # An environment without pip is one whose creation was cut short: it is made again.
 define make-venv

@@ -19,6 +19,8 @@ from flows.server_commands import server_app
 from flows.weights_commands import weights_app
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from avatar_core.config import Config
     from avatar_core.result import Result
 
@@ -240,23 +242,38 @@ def gc(
 
 
 @app.command()
-def status(words: StatusWords = None, config_dir: ConfigDir = None) -> None:
-    """What became of the recorded runs, or of one: by stage, with the reasons of failures."""
+def status(
+    words: StatusWords = None,
+    config_dir: ConfigDir = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it anew every two seconds, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """What became of the recorded runs, or of one: by stage, with the reasons of failures; and what the
+    queues of a server's GPUs do."""
     from avatar_core.planning.batch import open_storage
     from avatar_core.status import read_status, summarise_runs
     from flows.compose import compose_config, is_override
     from flows.status_view import print_address, print_run, print_runs
+    from flows.status_view import watch as watch_screen
 
     runs = [word for word in words or [] if not is_override(word)]
     if len(runs) > 1:
         raise ConfigError(f"give one RUN, or none for all of them; got {len(runs)}: {', '.join(runs)}")
     overrides = [word for word in words or [] if is_override(word)]
     storage = open_storage(compose_config(overrides, config_dir))
-    if runs:
-        print_run(console, read_status(storage, runs[0]))
+
+    def show(screen: "Console") -> None:
+        if runs:
+            print_run(screen, read_status(storage, runs[0]))
+        else:
+            print_runs(screen, summarise_runs(storage))
+            print_address(screen)
+
+    if watch:
+        watch_screen(console, show)
     else:
-        print_runs(console, summarise_runs(storage))
-        print_address(console)
+        show(console)
 
 
 @app.command()

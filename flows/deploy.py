@@ -65,6 +65,13 @@ def register_host(client: "SyncPrefectClient", host: str, folder: Path | None = 
     return found.id
 
 
+def remove_host_deployment(client: "SyncPrefectClient", host: str) -> None:
+    """What `register_host` made, if it is there."""
+    found = _find(client, host)
+    if found and ON_DEMAND in found.tags:
+        client.delete_deployment(found.id)
+
+
 def deploy_batch(
     client: "SyncPrefectClient",
     host: str,

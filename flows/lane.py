@@ -40,6 +40,7 @@ from avatar_core.execution.worker import Cancellation, Job, Row, StoreAddress
 from avatar_core.execution.worker_process import WorkerProcess, visible_device
 from avatar_core.weights import present_entries
 from flows.compose import compose_config
+from flows.deploy import ensure_pool
 from flows.events import AWAY, listen
 from flows.lane_info import LaneInfo
 from flows.lane_lock import LaneLock
@@ -115,6 +116,7 @@ class Lane:
     # --- the queue
 
     def _introduce(self, client: SyncPrefectClient) -> None:
+        ensure_pool(client)
         with suppress(ObjectAlreadyExists):
             client.create_work_queue(self.queue, work_pool_name=POOL, concurrency_limit=1)
         queue = client.read_work_queue_by_name(self.queue, work_pool_name=POOL)

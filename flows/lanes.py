@@ -29,7 +29,7 @@ from avatar_core.store.storage import Storage
 from flows.events import AWAY, listen
 from flows.lane_info import LaneInfo, read_description
 from flows.lane_lock import is_served_here
-from flows.names import POOL, host_of
+from flows.names import POOL, host_of, shard_name
 from flows.shard import ENTRYPOINT, PROGRESS, shard
 from tasks.shard import GAVE_BACK
 
@@ -341,7 +341,7 @@ class LaneWorker:
 
     def _ordered(self, job: Job, item_timeout_s: float, cancellation: Cancellation) -> _Order | None:
         """None where it is cancelled, or the lane has become unavailable, before the server has taken it."""
-        label = f"{job.stage} · {len(job.items)}"
+        label = shard_name(job.stage, len(job.items))
         while not cancellation.asked() and self.unavailable is None:
             try:
                 return self._lanes.order(self.queue, job, item_timeout_s, label)

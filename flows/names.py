@@ -13,6 +13,8 @@ HOST = "AVATAR_HOST"
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _GPU_QUEUE = re.compile(r"(?P<host>.+)-gpu-(?P<number>\d+)")
+_RENDER_QUEUE = re.compile(r"(?P<host>.+)-render")
+_OF_SHARD = " · "
 
 
 def host_name() -> str:
@@ -40,3 +42,20 @@ def host_of(queue: str) -> str | None:
     """The machine of a GPU's queue, None for any other queue."""
     match = _GPU_QUEUE.fullmatch(queue)
     return match["host"] if match else None
+
+
+def machine_of(queue: str) -> str | None:
+    """The machine of a GPU's queue or of a queue of renders, None for any other queue."""
+    match = _GPU_QUEUE.fullmatch(queue) or _RENDER_QUEUE.fullmatch(queue)
+    return match["host"] if match else None
+
+
+def shard_name(stage: str, items: int) -> str:
+    """What a shard is called on the queue of a GPU."""
+    return f"{stage}{_OF_SHARD}{items}"
+
+
+def items_in(shard: str) -> int:
+    """How many items a shard of this name has."""
+    number = shard.rpartition(_OF_SHARD)[2]
+    return int(number) if number.isdecimal() else 0

@@ -1,7 +1,7 @@
 """The log of a run as its server has it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -27,10 +27,12 @@ def print_logs(console: Console, run: str, *, follow: bool) -> None:
         said: set[UUID] = set()
         while True:
             ended = client.read_flow_run(found.id).end_time is not None
-            for line in _lines(client, found):
-                if line.id not in said:
-                    said.add(line.id)
-                    _print(console, line)
+            shards = list(_shards(client, found))
+            fresh = [line for line in _lines(client, [found, *shards]) if line.id not in said]
+            names = _names(client, found, shards) if fresh else {}
+            for line in fresh:
+                said.add(line.id)
+                _print(console, line, names)
             if ended or not follow:
                 return
             time.sleep(FOLLOW_S)
@@ -45,8 +47,8 @@ def _find(client: SyncPrefectClient, run: str) -> FlowRun:
     raise ConfigError(f"the Prefect server has no run `{run}`; `avatar status` lists those that are recorded")
 
 
-def _lines(client: SyncPrefectClient, run: FlowRun) -> list[Log]:
-    of_run = [run.id, *(shard.id for shard in _shards(client, run))]
+def _lines(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> list[Log]:
+    of_run = [run.id for run in runs]
     found: list[Log] = []
     for start in range(0, len(of_run), PAGE):
         wanted = LogFilter.model_validate({"flow_run_id": {"any_": of_run[start : start + PAGE]}})
@@ -68,7 +70,20 @@ def _shards(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]:
         offset += len(page)
 
 
-def _print(console: Console, line: Log) -> None:
+def _names(client: SyncPrefectClient, run: FlowRun, shards: Sequence[FlowRun]) -> dict[UUID, str]:
+    """Of tasks and shards: many lines say no more than how one of them ended."""
+    names = {shard.id: f"{shard.work_queue_name}, {shard.name}" for shard in shards}
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+    offset = 0
+    while page := client.read_task_runs(flow_run_filter=of_run, limit=PAGE, offset=offset):
+        names |= {task.id: task.name for task in page}
+        offset += len(page)
+    return names
+
+
+def _print(console: Console, line: Log, names: Mapping[UUID, str]) -> None:
     stamp: datetime = line.timestamp.astimezone()
     style = next((style for level, style in _STYLES.items() if line.level >= level), "")
-    console.print(Text(f"{stamp:%H:%M:%S} {line.message}", style=style), soft_wrap=True)
+    of = [names[each] for each in (line.task_run_id, line.flow_run_id) if each and each in names]
+    about = f"{of[0]}: " if of else ""
+    console.print(Text(f"{stamp:%H:%M:%S} {about}{line.message}", style=style), soft_wrap=True)

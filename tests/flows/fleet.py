@@ -161,7 +161,7 @@ class Fleet:
         self.here = self._machine(here)
         self.machines = [self.here]
         self.api = Api(f"http://127.0.0.1:{self.port}")
-        self._workers: list[subprocess.Popen[str]] = []
+        self.workers: list[subprocess.Popen[str]] = []
 
     def _machine(self, name: str, **more: str) -> Machine:
         folder = self.folder / name
@@ -186,7 +186,7 @@ class Fleet:
     def join(self, name: str, gpus: int) -> Machine:
         machine = self._machine(name, PREFECT_API_URL=self.api.url)
         self.machines.append(machine)
-        self._workers.append(machine.avatar("worker", "--pretend-gpus", str(gpus)))
+        self.workers.append(machine.avatar("worker", "--pretend-gpus", str(gpus)))
         self.wait_for_lanes(machine, range(gpus))
         return machine
 
@@ -210,12 +210,12 @@ class Fleet:
                 if pid := machine.lane(number):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
-        for worker in self._workers:
+        for worker in self.workers:
             with suppress(ProcessLookupError):
                 worker.terminate()
                 worker.terminate()
         self.here.run("down", "--now")
-        for worker in self._workers:
+        for worker in self.workers:
             try:
                 worker.wait(30)
             except subprocess.TimeoutExpired:

@@ -35,7 +35,7 @@ OPTIONS = {
     "rerun": {"--stage", "--failed", "--config-dir"},
     "verify": {"--repair", "--config-dir"},
     "gc": {"--delete", "--forget", "--min-age-days", "--config-dir"},
-    "status": {"--config-dir"},
+    "status": {"--config-dir", "--watch"},
     "doctor": {"--config-dir"},
     "deploy": {"--cron", "--timezone", "--name", "--config-dir", "--paused", "--remove"},
     "weights list": set(),

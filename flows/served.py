@@ -74,6 +74,7 @@ class _Flow(threading.Thread):
         # Its own log goes to its server; here the view shows what counts.
         logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.raiseExceptions = False  # Prefect would write into the view that its server takes no log
         self._url = PREFECT_API_URL.value()
         if not self._url:
             raise ConfigError(

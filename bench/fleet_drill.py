@@ -235,7 +235,7 @@ class Drill:
         yield Figure(phase.name, f"CPU seconds per shard, {len(runs)} shards", each)
         yield Figure(phase.name, "items by machine", self._split(runs))
         for event in struck:
-            if "killed" in event.kind or "stopped" in event.kind:
+            if event.queue:
                 yield Figure(
                     phase.name, f"{event.kind}, {event.queue}", self._detection(event, runs, courses)
                 )

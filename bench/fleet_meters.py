@@ -182,7 +182,7 @@ def shard_runs(runs: Sequence[Mapping[str, Any]]) -> list[ShardRun]:
             _epoch(run["end_time"]),
         )
         for run in runs
-        if run["start_time"]
+        if run["start_time"] and run["start_time"] != run["end_time"]  # else taken back before it began
     ]
     return sorted(found, key=lambda run: run.start_s)
 

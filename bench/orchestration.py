@@ -1,17 +1,16 @@
-"""What it costs to run stages as a flow: overhead, what a kill repeats, how busy a GPU is, large tables.
+"""What it costs to run stages as a flow: overhead, what a kill repeats, how busy a GPU is, large tables,
+and what a server costs.
 
-    python bench/orchestration.py [--quick] [--only A B C D] [--save] [--folder DIR]
+    python bench/orchestration.py [--quick] [--only A B C D E] [--save] [--folder DIR]
 
 The stages are stubs (stub_backend.py) on small real pictures and recordings, one pretend GPU queue beside
 the CPU queues; a bare loop and a Prefect flow with a task per row and stage (yardsticks.py) run beside them.
-CPU seconds are those of the whole process tree. `--save` keeps the table in bench/results/orchestration.md.
+CPU seconds are those of the whole process tree. `--save` adds the table to bench/results/orchestration.md.
 """
 
 import argparse
 import ctypes
-import importlib.metadata
 import os
-import platform
 import resource
 import shlex
 import signal
@@ -25,17 +24,17 @@ import time
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
+from figures import Figure, about, add_section, as_table
 from PIL import Image
-from processor import processor
 from rich.console import Console
-from rich.table import Table
+from with_server import ServedSizes, with_server
 from yardsticks import assets, pairs
 
 from avatar_core.planning.runs import list_runs, plan_stages, read_plan
@@ -65,15 +64,6 @@ Seconds = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Figure:
-    test: str
-    what: str
-    value: str
-    goal: str = ""
-    met: bool | None = None
-
-
-@dataclass(frozen=True)
 class Usage:
     """`cpu_s` of a process and all that it started, `peak_bytes` of the process alone."""
 
@@ -93,9 +83,10 @@ class Sizes:
     pipelining: int = 200
     pipelining_runs: int = 3
     large: int = 100_000
+    served: ServedSizes = field(default_factory=ServedSizes)
 
 
-QUICK = Sizes((20, 200), (10, 40), 40, 40, 1, 2000)
+QUICK = Sizes((20, 200), (10, 40), 40, 40, 1, 2000, ServedSizes(((5.0, 12),), 1))
 
 
 # --- processes
@@ -378,6 +369,11 @@ def large(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
     yield Figure("D", f"{sizes.large} rows again, nothing to do", _usage(again), "10 s", again.wall_s < 10)
 
 
+def served(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
+    """E: what a server and its queues cost."""
+    yield from with_server(machine.folder / "served", sizes.served)
+
+
 def _rendered(machine: Machine, rows: int) -> tuple[StubBatch, Usage]:
     if rows not in machine.finished:
         batch = StubBatch(machine, f"rows-{rows}", rows)
@@ -413,16 +409,16 @@ def _usage(usage: Usage) -> str:
 
 # --- results
 
-TESTS = {"A": overhead, "B": crash, "C": pipelining, "D": large}
+TESTS = {"A": overhead, "B": crash, "C": pipelining, "D": large, "E": served}
 WITH_SERVER = ("B", "C")
-"""The others run without one."""
+"""E has one of its own, the others run without."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="everything at small sizes, in two minutes")
     parser.add_argument("--only", nargs="+", choices=TESTS, default=list(TESTS), metavar="TEST")
-    parser.add_argument("--save", action="store_true", help="keep the table in bench/results")
+    parser.add_argument("--save", action="store_true", help="add the table to bench/results")
     parser.add_argument("--folder", type=Path, help="work here and leave everything; must be absent or empty")
     options = parser.parse_args()
     console = Console()
@@ -441,42 +437,8 @@ def main() -> None:
     console.print("\n".join(about()), highlight=False)
     if options.save:
         path = HERE / "results" / "orchestration.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(as_markdown(figures), encoding="utf-8")
+        add_section(path, f"Tests {', '.join(options.only)}, {datetime.now(UTC):%Y-%m-%d}", figures, about())
         console.print(f"kept in {path}", soft_wrap=True, highlight=False)
-
-
-def as_table(figures: Sequence[Figure]) -> Table:
-    table = Table(header_style="bold", box=None)
-    for heading in ("test", "what", "found", "goal", "met"):
-        table.add_column(heading)
-    for figure in figures:
-        style = "red" if figure.met is False else ""
-        table.add_row(*_cells(figure), style=style)
-    return table
-
-
-def as_markdown(figures: Sequence[Figure]) -> str:
-    rows = [" | ".join(_cells(figure)).join(("| ", " |")) for figure in figures]
-    head = ["| test | what | found | goal | met |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join(["# Orchestration", "", *(f"- {line}" for line in about()), "", *head, *rows, ""])
-
-
-def about() -> list[str]:
-    names = ("prefect", "pyarrow", "numpy", "pandas")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    words = ["python", "bench/orchestration.py", *sys.argv[1:]]
-    return [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load average {os.getloadavg()[0]:.1f}",
-        f"{len(os.sched_getaffinity(0))} cores, {processor()}",
-        f"Python {platform.python_version()}, {versions}",
-        f"`{shlex.join(words)}`",
-    ]
-
-
-def _cells(figure: Figure) -> list[str]:
-    met = {True: "yes", False: "no", None: ""}[figure.met]
-    return [figure.test, figure.what, figure.value, figure.goal, met]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ from avatar_core.stages.reference import ReferenceStage
 BACKENDS["stub"] = "stub_backend:StubBackend"
 
 FEATURES = 256  # float32: 1 kB
+SLOWNESS = float(os.environ.get("STUB_SLOWNESS", "1"))
+"""Of this machine's GPUs: factor of the seconds of denoise."""
+GUESS_S = float(os.environ.get("STUB_GUESS_S", "0.01"))
+"""What denoise is taken to last before one was seen."""
 
 
 class CallLog(str):
@@ -36,11 +40,17 @@ class CallLog(str):
 
     __slots__ = ()
 
-    def call(self, stage: str, item: str, seconds: float) -> None:
+    def call(self, stage: str, item: str, seconds: float, *, announced: bool = False) -> None:
+        """One that is `announced` has a line `begin` too, which stays alone where its process is killed."""
         start_s = time.time()
+        if announced:
+            self._write("begin", item, start_s)
         if seconds:
             time.sleep(seconds)
-        line = f"{stage} {item} {start_s:.6f} {time.time():.6f}\n"
+        self._write(stage, item, start_s)
+
+    def _write(self, what: str, item: str, start_s: float) -> None:
+        line = f"{what} {item} {start_s:.6f} {time.time():.6f}\n"
         file = os.open(self, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, line.encode())
@@ -120,7 +130,7 @@ class StubReference(ReferenceStage[StubStageConfig, None]):
 class StubDenoise(DenoiseStage[StubStageConfig, None]):
     version = 1
     device_kind = "gpu"
-    guessed_seconds = 0.01
+    guessed_seconds = GUESS_S
 
     def __init__(self, backend: StubBackend, log: CallLog) -> None:
         super().__init__(backend)
@@ -141,7 +151,7 @@ class StubDenoise(DenoiseStage[StubStageConfig, None]):
         unfinished: Path | None,
     ) -> Tensors:
         features = conditions["audio"]["features"] + conditions["reference"]["features"]
-        self._log.call(self.name, str(seed), options.seconds)
+        self._log.call(self.name, str(seed), options.seconds * SLOWNESS, announced=True)
         return {"latents": features}
 
 

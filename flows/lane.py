@@ -26,10 +26,15 @@ from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter, WorkQu
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import SyncClientContext
 from prefect.events import emit_event
 from prefect.exceptions import Abort, ObjectAlreadyExists, Pause
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.settings import (
+    PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    temporary_settings,
+)
 from prefect.states import Cancelled, Crashed, Failed, Pending
 
 from avatar_core.backends.base import create_backend
@@ -66,6 +71,10 @@ _RELATED_FLOW = {
     "prefect.resource.role": "flow",
     "prefect.resource.name": "shard",
 }
+_SETTINGS = {
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # the lane sends its own
+    PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,  # it would end a lane that starts while there is none
+}
 _LIVE = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
 
 
@@ -89,7 +98,13 @@ class Lane:
 
     def run(self) -> None:
         """Raises `ConfigError` where another lane serves the queue."""
-        with LaneLock(self.queue), get_client(sync_client=True) as client:
+        # The flow engine takes client and settings from the context, and would make its own for each shard.
+        with (
+            LaneLock(self.queue),
+            temporary_settings(_SETTINGS),
+            SyncClientContext.get_or_create() as context,
+        ):
+            client = context.client
             token = serving.set(self._serve)
             try:
                 self._insist(lambda: self._introduce(client))
@@ -176,9 +191,13 @@ class Lane:
     def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
         self._cancellation = Cancellation()
         self._at_hand, self._engine_s = run, time.monotonic()
+        # Of a run of a deployment the engine asks, by a thread and a connection for each, whether it is to be
+        # suspended: a shard is not.
+        run.deployment_id = None
         try:
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                run_flow(shard, flow_run=run, parameters=run.parameters, return_type="state")
+            state = run_flow(shard, flow_run=run, parameters=run.parameters, return_type="state")
+            if isinstance(state, State) and state.is_final():
+                return
         except (Abort, Pause):
             pass  # its state was changed by others: cancelled or buried
         except Exception as error:  # the server was away for longer than its client tries

@@ -74,6 +74,7 @@ class _Flow(threading.Thread):
         # Its own log goes to its server; here the view shows what counts.
         logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.raiseExceptions = False  # Prefect would write into the view that its server takes no log
         self._url = PREFECT_API_URL.value()
         if not self._url:
             raise ConfigError(
@@ -91,6 +92,9 @@ class _Flow(threading.Thread):
             flow_run = _create_flow_run(
                 client, self._work, flow_parameters(self._work.batch.config, self._work.record.id)
             )
+        # Else Prefect would watch, by a thread and a connection, whether the run is to be suspended, which
+        # renders are not, and print tracebacks into the view where the server goes away.
+        flow_run.deployment_id = None
         with handed_over(self._work):
             run_flow(render_dataset, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
 

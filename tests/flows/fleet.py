@@ -43,16 +43,15 @@ class Machine:
     name: str
     environment: Mapping[str, str]
 
-    def avatar(self, *words: str, **options: Any) -> "subprocess.Popen[str]":
+    def avatar(self, *words: str, output: Any = subprocess.PIPE) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [*AVATAR, *words],
             env=self.environment,
             cwd=self.folder,
             text=True,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            **options,
         )
 
     def run(self, *words: str, code: int = 0) -> str:
@@ -183,10 +182,11 @@ class Fleet:
         self.here.run("up", "--port", str(self.port), "--pretend-gpus", str(gpus), *options)
         self.wait_for_lanes(self.here, range(gpus))
 
-    def join(self, name: str, gpus: int) -> Machine:
-        machine = self._machine(name, PREFECT_API_URL=self.api.url)
+    def join(self, name: str, gpus: int, **environment: str) -> Machine:
+        machine = self._machine(name, PREFECT_API_URL=self.api.url, **environment)
         self.machines.append(machine)
-        self.workers.append(machine.avatar("worker", "--pretend-gpus", str(gpus)))
+        with (machine.folder / "worker.log").open("ab") as log:  # a pipe that nobody reads would fill up
+            self.workers.append(machine.avatar("worker", "--pretend-gpus", str(gpus), output=log))
         self.wait_for_lanes(machine, range(gpus))
         return machine
 

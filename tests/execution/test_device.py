@@ -65,9 +65,8 @@ def plain_job(root: Path, act: toy.Act) -> Job:
 
 @pytest.mark.drill
 def test_a_worker_lets_its_gpu_go_once_it_was_idle(tmp_path: Path) -> None:
-    first = WorkerProcess(
-        "gpu-0", "0", pretend=True, idle_s=8.0
-    )  # longer than a busy machine may take between two jobs
+    # Longer than a busy machine may take between two jobs.
+    first = WorkerProcess("gpu-0", "0", pretend=True, idle_s=8.0)
     second = WorkerProcess("gpu-0", "0", pretend=True, idle_s=60)
     other = WorkerProcess("gpu-1", "1", pretend=True)
     try:

@@ -75,22 +75,21 @@ def table_of(rendered: Rendered, root: Path) -> dict[str, Any]:
 @pytest.mark.drill
 def test_many_batches_at_once_end_each_by_itself(rendered: Rendered, tmp_path: Path) -> None:
     """Each in a thread of its own: whoever waits turns the crank, and all come and go meanwhile."""
-    names = [f"store-{number}" for number in range(6)]
-
     with WorkerProcesses(cpus=2) as workers, ThreadPoolExecutor(6) as pool:
         coordinator = Coordinator(workers)
 
-        def drive(name: str) -> Result:
-            batch = open_batch({**table_of(rendered, tmp_path / name), "limit": 1 + len(name) % 2})
+        def drive(number: int) -> Result:
+            batch = open_batch({**table_of(rendered, tmp_path / str(number)), "limit": 1 + number % 2})
             work = BatchRun(batch, SETTINGS, Watcher())
             return finish_run(batch, begin_run(batch), partial(coordinator.drive, work), Watcher())
 
-        results = list(pool.map(drive, names))
+        results = list(pool.map(drive, range(6)))
     assert [len(result.failures) for result in results] == [0] * 6
     expected = videos(rendered.result.dataset)
     for result in results:
         assert videos(result.dataset).items() <= expected.items()
         assert len(videos(result.dataset)) == len(result.clips)
+    assert [len(videos(result.dataset)) for result in results] == [1, 2] * 3
 
 
 # --- rows that become known while others are rendered

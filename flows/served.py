@@ -9,9 +9,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from avatar_core.errors import ConfigError
+from avatar_core.errors import Cancelled, ConfigError
 from flows.names import host_name, render_queue
 from flows.server import answers, server_environment
 from flows.work import Work, handed_over
@@ -83,7 +84,9 @@ class _Flow(threading.Thread):
         _check_server(self._url)
 
     def _run_flow(self) -> None:
+        from prefect.exceptions import Abort, Pause
         from prefect.flow_engine import run_flow
+        from prefect.states import Cancelled as CancelledState
 
         from flows.prefect_client import prefect_client
         from flows.render import flow_parameters, render_dataset
@@ -92,11 +95,16 @@ class _Flow(threading.Thread):
             flow_run = _create_flow_run(
                 client, self._work, flow_parameters(self._work.batch.config, self._work.record.id)
             )
-        # Else Prefect would watch, by a thread and a connection, whether the run is to be suspended, which
-        # renders are not, and print tracebacks into the view where the server goes away.
-        flow_run.deployment_id = None
-        with handed_over(self._work):
-            run_flow(render_dataset, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+            # Else Prefect would watch, by a thread and a connection, whether the run is to be suspended, which
+            # renders are not, and print tracebacks into the view where the server goes away.
+            flow_run.deployment_id = None
+            with handed_over(self._work), suppress(Abort, Pause):
+                run_flow(
+                    render_dataset, flow_run=flow_run, parameters=flow_run.parameters, return_type="state"
+                )
+            if not self._work.outcome.done():  # somebody cancelled it there before it had begun
+                self._work.fail(Cancelled("cancelled on the server before it had begun"))
+                client.set_flow_run_state(flow_run.id, CancelledState(), force=True)
 
     def end(self, view: "View", stopped: Callable[[], bool], *, was_stopped: bool) -> None:
         """Waits while the server answers, and `REPORT_S` for one that does not. Ctrl-C ends the waiting,

@@ -99,6 +99,22 @@ def tiny(rendered: Rendered, root: Path) -> dict[str, object]:
     return {"table": str(rendered.table), "storage": {"root": str(root)}, "backend": backend, "limit": 1}
 
 
+def test_random_weights_are_computed_where_the_real_ones_would_be(
+    monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor, rendered: Rendered, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AVATAR_WEIGHTS", str(tmp_path / "weights"))
+    with WorkerProcesses(gpus=[0, 1], pretend=True, cpus=1) as workers:
+        run = Run(threads, workers)
+        assert run(open_known(tiny(rendered, tmp_path / "store"))).failures.empty
+    assert {(stage, worker.partition("-")[0]) for stage, worker, _ in run.submitted} == {
+        ("face", "cpu"),
+        ("audio", "cpu"),
+        ("reference", "gpu"),
+        ("denoise", "gpu"),
+        ("decode", "gpu"),
+    }
+
+
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DeviceLock:
     """The first pretended GPU, which somebody else has; random weights are written below `tmp_path`."""

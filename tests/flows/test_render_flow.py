@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from avatar_core.store.catalog import load_catalog
@@ -153,6 +154,53 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
     rows = {row["stage"]: row for row in table_of(artifacts["stages"])}
     assert list(rows) == ["ingest", "face", "audio", "reference", "denoise", "decode"]
     assert (rows["decode"]["items"], rows["decode"]["cached"], rows["decode"]["done"]) == (4, 0, 4)
+
+
+def test_edges_lead_to_every_manifest_that_a_shard_reads(
+    flow: Callable[..., Any],
+    prefect_server: PrefectServer,
+    rendered: Rendered,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from avatar_core.execution.shard_call import ShardCall
+    from flows.fan_out import FanOut
+
+    calls: list[ShardCall] = []
+    submit = FanOut.submit
+
+    def overheard(fan_out: FanOut, call: ShardCall) -> None:
+        calls.append(call)
+        submit(fan_out, call)
+
+    monkeypatch.setattr(FanOut, "submit", overheard)
+    state = flow(rendered.table, tmp_path)
+    assert state.is_completed(), state
+    seen = Seen(prefect_server, state)
+    runs = seen.task_runs_of(18)
+    made = {run["name"]: keys_made(tmp_path, run) for run in runs}
+    graph = prefect_server.get(f"flow_runs/{seen.id}/graph-v2")
+    labels = {number: node["label"] for number, node in graph["nodes"]}
+    above = {node["label"]: {labels[p["id"]] for p in node["parents"]} for _, node in graph["nodes"]}
+    assert {call.label for call in calls} == set(above)
+    edges = 0
+    for call in calls:
+        for job in call.jobs:
+            read = {(stage, key) for stage, rows in job.inputs.items() for key in rows}
+            for item in job.items:
+                read |= {(asset.stage, asset.key) for each in item.assets.values() for asset in each}
+            for stage, key in read:
+                (maker,) = [name for name in made if name.split()[0] == stage and key in made[name]]
+                assert maker in above[call.label], (call.label, maker)
+                edges += 1
+    assert edges >= 2 + 2 + 4 + 8 + 12  # of face, audio, reference, denoise and decode, at the least
+
+
+def keys_made(root: Path, run: Any) -> set[str]:
+    """By the manifests that the task's result names."""
+    file = root / "tasks" / f"{Path(run['state']['data']['storage_key']).name}.json"
+    manifests = json.loads(json.loads(file.read_text())["result"])["manifests"]
+    return {key for uri in manifests for key in pq.read_table(uri, columns=["key"])["key"].to_pylist()}
 
 
 @pytest.mark.drill

@@ -66,6 +66,7 @@ class StubStageConfig:
 @dataclass(frozen=True)
 class StubConfig:
     log: Annotated[str, AfterValidator(CallLog)] = os.devnull
+    weights: tuple[str, ...] = ()
     audio: StubStageConfig = StubStageConfig()
     reference: StubStageConfig = StubStageConfig()
     denoise: StubStageConfig = StubStageConfig()
@@ -135,6 +136,10 @@ class StubDenoise(DenoiseStage[StubStageConfig, None]):
     def __init__(self, backend: StubBackend, log: CallLog) -> None:
         super().__init__(backend)
         self._log = log
+
+    def weight_names(self, options: StubStageConfig) -> tuple[str, ...]:
+        """Read by nobody, but each lane must have them."""
+        return self.backend.config.weights
 
     def load_models(self, options: StubStageConfig, device: str, memory: str | None) -> None:
         self._log.call("load", str(os.getpid()), 0.0)

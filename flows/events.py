@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import httpx
 from prefect.events import Event
@@ -16,10 +17,23 @@ AGAIN_S = 2.0
 """After which the server is tried again."""
 
 
-def listen(prefixes: Sequence[str], tell: Callable[[Event], None], name: str) -> None:
-    """Tells of events whose names begin so, from a thread that ends with the process. Some may be missed:
-    whoever listens looks for himself now and then."""
-    threading.Thread(target=lambda: asyncio.run(_hear(prefixes, tell)), name=name, daemon=True).start()
+def listen(prefixes: Sequence[str], tell: Callable[[Event], None], name: str) -> Callable[[], None]:
+    """Tells of events whose names begin so, from a thread of its own, until the function that this gives is
+    called. Some may be missed: whoever listens looks for himself now and then."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_hear(prefixes, tell))
+
+    def run() -> None:
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        loop.close()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    return stop
 
 
 async def _hear(prefixes: Sequence[str], tell: Callable[[Event], None]) -> None:

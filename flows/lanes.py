@@ -141,10 +141,12 @@ class Lanes:
         with suppress(*AWAY):
             self._look()
         self._thread.start()
-        listen(["prefect.flow-run.", "prefect.work-queue.", PROGRESS], self._on_event, "lanes' events")
+        wanted = ["prefect.flow-run.", "prefect.work-queue.", PROGRESS]
+        self._stop_listening = listen(wanted, self._on_event, "lanes' events")
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._stop_listening()
         self._over.set()
         self._wake.set()
         self._thread.join()

@@ -95,7 +95,7 @@ class _Flow(threading.Thread):
             flow_run = _create_flow_run(
                 client, self._work, flow_parameters(self._work.batch.config, self._work.record.id)
             )
-            # Else Prefect would watch, by a thread and a connection, whether the run is to be suspended, which
+            # Else Prefect would watch, by a thread and a connection, whether the run is to be suspended, as
             # renders are not, and print tracebacks into the view where the server goes away.
             flow_run.deployment_id = None
             with handed_over(self._work), suppress(Abort, Pause):

@@ -4,6 +4,7 @@ Each is a process of its own, started again whenever it ends, sooner after the f
 tenth. No Prefect here, and nothing of the work, so that little can go wrong.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -160,22 +161,26 @@ def running_supervisor() -> Record | None:
 
 def supervise(crew: Crew) -> None:
     """Serves this machine until a signal. Raises `ConfigError` where it is served already."""
-    if found := running_supervisor():
-        raise ConfigError(
-            f"this machine is served already, by process {found.pid}, as {found.host}: stop that with "
-            "`avatar down`, or Ctrl-C where it was started"
-        )
-    record = Record(
-        os.getpid(), process_start(os.getpid()) or "", crew.host, tuple(p.name for p in crew.posts)
-    )
     state_folder().mkdir(parents=True, exist_ok=True)
-    fresh = _record_path().with_suffix(".new")
-    fresh.write_text(json.dumps(asdict(record)), encoding="utf-8")
-    fresh.replace(_record_path())
-    try:
-        Supervisor(crew.posts, {**os.environ, HOST: crew.host}).run()
-    finally:
-        _record_path().unlink(missing_ok=True)
+    with (state_folder() / "worker.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found = running_supervisor()
+            who = f", by process {found.pid}, as {found.host}" if found else ""
+            raise ConfigError(
+                f"this machine is served already{who}: stop that with `avatar down`, or Ctrl-C where it was "
+                "started"
+            ) from None
+        names = tuple(post.name for post in crew.posts)
+        record = Record(os.getpid(), process_start(os.getpid()) or "", crew.host, names)
+        fresh = _record_path().with_suffix(".new")
+        fresh.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        fresh.replace(_record_path())
+        try:
+            Supervisor(crew.posts, {**os.environ, HOST: crew.host}).run()
+        finally:
+            _record_path().unlink(missing_ok=True)
 
 
 def start_supervisor(crew: Crew, api_url: str) -> Record:
@@ -198,7 +203,9 @@ def start_supervisor(crew: Crew, api_url: str) -> Record:
             start_new_session=True,
         )
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s and process.poll() is None:
+    has_ended = False
+    while time.monotonic() < deadline_s and not has_ended:
+        has_ended = process.poll() is not None  # also where another one was faster, which is found then
         if found := running_supervisor():
             return found
         time.sleep(_TICK_S)

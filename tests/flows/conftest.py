@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from flows.server import start_server, stop_server
+from flows.supervisor import stop_supervisor
 
 
 @dataclass(frozen=True)
@@ -65,4 +66,5 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
             yield PrefectServer(server.address, folder / "state", {**clean, **ours})
         finally:
             patch.setenv("AVATAR_STATE_DIR", str(folder / "state"))
+            stop_supervisor(print, at_once=True)
             stop_server()

@@ -190,6 +190,12 @@ class Fleet:
         self.wait_for_lanes(machine, range(gpus))
         return machine
 
+    def leave(self, name: str) -> None:
+        """A machine that joined stops, and is forgotten."""
+        machine = next(each for each in self.machines if each.name == name)
+        machine.run("down")
+        self.here.run("worker", "--remove", name)
+
     def wait_for_lanes(self, machine: Machine, numbers: Iterator[int] | range) -> None:
         """Until each has said what it is."""
         for number in numbers:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -79,6 +80,43 @@ def test_a_lane_of_another_machine_is_left_out_for_a_store_on_this_disk(fleet: F
         describe(fleet, queue, text)
     assert f"{queue} is left out: it is on machine omega, and the store " in output
     assert queues_of(fleet, batch) == {"alpha-gpu-0"}
+
+
+def test_a_lane_without_the_weights_is_left_out(fleet: Fleet) -> None:
+    queue = "alpha-gpu-1"
+    text = fleet.api.queue(queue)["description"]
+    assert "mtcnn" in text
+    describe(fleet, queue, re.sub("weights: .*", "weights: none", text))
+    batch = fleet.batch("weights", 4, denoise=0.1)
+    try:
+        output = batch.render("backend.weights=[mtcnn]")
+    finally:
+        describe(fleet, queue, text)
+    assert f"{queue} is left out: its machine lacks the weights mtcnn; run `avatar weights fetch` " in output
+    assert queues_of(fleet, batch) == {"alpha-gpu-0"}
+
+
+def test_a_lane_that_cannot_read_the_store_gives_its_shards_back(
+    fleet: Fleet, s3_options: dict[str, Any], s3_root: str
+) -> None:
+    own = fleet.folder / "no-store"
+    shutil.copytree(fleet.folder / "conf", own)
+    (own / "storage").mkdir()
+    (own / "storage" / "local.yaml").write_text("options: {endpoint_url: 'http://127.0.0.1:9'}\n")
+    fleet.join("cut-off", 1, AVATAR_CONFIG_DIR=str(own))
+    batch = fleet.batch("cut-off", 12, store=s3_root, denoise=0.5)
+    try:
+        output = batch.render(
+            f"+storage.options.endpoint_url={s3_options['endpoint_url']}", "runtime.shard_seconds=1"
+        )
+    finally:
+        fleet.leave("cut-off")
+    assert "12 of 12 clips" in output
+    assert "cut-off-gpu-0 cannot read the store: " in output
+    ended = [shard for shard in fleet.api.shards() if shard["work_queue_name"] == "cut-off-gpu-0"]
+    assert {shard["state_name"] for shard in ended} <= {"GaveBack", "Cancelled"}
+    assert 1 <= len(ended) <= 2
+    assert batch.repeated() == {}
 
 
 def test_a_queue_that_appears_takes_part(fleet: Fleet, s3_options: dict[str, Any], s3_root: str) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ from flows.server import (
     start_server,
     stop_server,
 )
+from flows.supervisor import stop_supervisor
 from tests.flows.conftest import PrefectServer, free_port
+from tests.processes import until
 from tests.sample_rows import Rendered, RunAvatar
 
 AVATAR = Path(sys.executable).with_name("avatar")
@@ -33,12 +36,15 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty state folder."""
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty state folder; what a test leaves running there is ended."""
     monkeypatch.setenv("AVATAR_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     (tmp_path / "state").mkdir()
-    return tmp_path / "state"
+    yield tmp_path / "state"
+    monkeypatch.setenv("AVATAR_STATE_DIR", str(tmp_path / "state"))
+    stop_supervisor(print, at_once=True)
+    stop_server()
 
 
 @pytest.fixture
@@ -72,6 +78,13 @@ def fetch(url: str) -> str:
         return str(response.read().decode())
 
 
+def fetched(url: str) -> str | None:
+    try:
+        return fetch(url)
+    except urllib.error.HTTPError:
+        return None
+
+
 def wait_for(line: str, process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=150)
     assert line in output, output
@@ -102,7 +115,7 @@ def test_up_and_down(state: Path) -> None:
     assert settings["analytics_enabled"] is False
     recorder = settings["services"]["task_run_recorder"]
     assert (recorder["batch_size"], recorder["read_batch_size"]) == (100, 100)
-    pool = json.loads(fetch(f"{server.api_url}/work_pools/local"))
+    pool = json.loads(until(lambda: fetched(f"{server.api_url}/work_pools/avatar"), patience_s=60))
     assert pool["type"] == "process"
     assert pool["base_job_template"]["variables"]["properties"]["command"]["default"] == "avatar execute"
     assert (state / "prefect" / "prefect.db").exists()

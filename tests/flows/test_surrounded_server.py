@@ -75,7 +75,7 @@ SURROUNDINGS = {
     "PREFECT_PROFILES_PATH": ("/etc", "Prefect's settings cannot be read ([Errno 21] Is a directory"),
     "SSL_CERT_FILE": ("/nowhere", "SSL_CERT_FILE=/nowhere: no such file"),
 }
-"""By variable: a value, and what it is warned of."""
+"""By variable: a value, and what is said of it where there is a server."""
 
 
 def warnings_of_a_render(table: Path, root: Path) -> list[str]:
@@ -86,7 +86,7 @@ def warnings_of_a_render(table: Path, root: Path) -> list[str]:
 
 @pytest.mark.drill
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_a_render_goes_on_where_its_server_cannot_be_used(
+def test_a_render_says_why_its_server_cannot_be_used(
     state: Path,
     prefect_server: PrefectServer,
     rendered: Rendered,
@@ -94,12 +94,18 @@ def test_a_render_goes_on_where_its_server_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    value, warning = SURROUNDINGS[name]
+    value, problem = SURROUNDINGS[name]
     monkeypatch.setenv("PREFECT_API_URL", f"{prefect_server.address}/api")
     monkeypatch.setenv(name, value)
-    warnings = warnings_of_a_render(rendered.table, tmp_path / "store")
-    assert len(warnings) == (warning is not None)
-    assert all(str(warning) in line and "the batch goes on without it" in line for line in warnings)
+    if problem is None:
+        assert warnings_of_a_render(rendered.table, tmp_path / "store") == []
+        return
+    words = ["render", str(rendered.table), f"storage.root={tmp_path / 'store'}"]
+    done = subprocess.run([AVATAR, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert problem in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [name for name in SURROUNDINGS if name != "PREFECT_PROFILES_PATH"])

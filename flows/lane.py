@@ -50,6 +50,7 @@ from flows.events import AWAY, listen
 from flows.lane_info import LaneInfo
 from flows.lane_lock import LaneLock
 from flows.names import POOL, gpu_queue, host_name
+from flows.queues import forget_worker
 from flows.shard import PROGRESS, serving, shard
 from tasks.shard import GAVE_BACK, state_of
 
@@ -118,7 +119,7 @@ class Lane:
                 serving.reset(token)
                 self._worker.stop()
                 with suppress(*AWAY):
-                    _forget(client, self.info.worker)
+                    forget_worker(client, self.info.worker)
 
     def stop(self, *, at_once: bool = False) -> None:
         """After the shard at hand; `at_once` breaks that off at its next report."""
@@ -151,7 +152,7 @@ class Lane:
         """Each process has a name of its own, and old ones would pile up."""
         for worker in client.read_workers_for_work_pool(POOL):
             if worker.name.startswith(f"{self.queue}.") and worker.name != self.info.worker:
-                _forget(client, worker.name)
+                forget_worker(client, worker.name)
 
     def _take_next(self, client: SyncPrefectClient) -> None:
         self._wake.clear()
@@ -297,14 +298,6 @@ class Lane:
                     state = client.read_flow_run(run.id).state
                     if state and (state.is_cancelling() or state.is_final()):
                         cancellation.ask()
-
-
-def _forget(client: SyncPrefectClient, worker: str) -> None:
-    client.request(
-        "DELETE",
-        "/work_pools/{work_pool_name}/workers/{name}",
-        path_params={"work_pool_name": POOL, "name": worker},
-    )
 
 
 def _make_tiny_weights(job: Job) -> None:

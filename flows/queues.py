@@ -72,16 +72,24 @@ def remove_host(client: "SyncPrefectClient", host: str) -> list[str]:
         known = sorted({machine for queue in found if (machine := machine_of(queue.name))})
         raise ConfigError(f"no machine is called `{host}` on the server; known: {', '.join(known) or 'none'}")
     if served := sorted(served_queues(client).intersection(names)):
-        raise ConfigError(f"{', '.join(served)} are served: stop `avatar worker` on {host} first")
+        raise ConfigError(
+            f"{host} serves {', '.join(served)}: stop `avatar worker` there first (one that was killed "
+            f"counts as gone after {_SILENT.seconds} s)"
+        )
     for worker in client.read_workers_for_work_pool(POOL):
         if worker.name.rpartition(".")[0] in names:
-            path = {"work_pool_name": POOL, "name": worker.name}
-            client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=path)
+            forget_worker(client, worker.name)
     remove_host_deployment(client, host)
     for name in names:
         path = {"work_pool_name": POOL, "name": name}
         client.request("DELETE", "/work_pools/{work_pool_name}/queues/{name}", path_params=path)
     return names
+
+
+def forget_worker(client: "SyncPrefectClient", name: str) -> None:
+    """So that nobody takes one that has ended for alive until its last heartbeat is old."""
+    path = {"work_pool_name": POOL, "name": name}
+    client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=path)
 
 
 def served_queues(client: "SyncPrefectClient") -> set[str]:

@@ -77,13 +77,13 @@ class RunPages:
 
     @contextmanager
     def _not_vital(self) -> Iterator[None]:
-        """A server that is away costs its pages, not the run; that is said once."""
+        """A server that is away, or a clip that cannot be shown, costs a page and not the run; said once."""
         try:
             yield
             self._is_known_away = False
         except Exception as error:
             if not self._is_known_away:
-                log.warning("the Prefect server was not told: %s", error)
+                log.warning("a page of this run is not up to date: %s", error)
             self._is_known_away = True
 
     def _watch(self) -> None:

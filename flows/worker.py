@@ -23,6 +23,7 @@ from flows.config_files import CONFIG_DIR
 from flows.deploy import register_host
 from flows.names import POOL, host_name, render_queue
 from flows.prefect_client import load_prefect, prefect_client
+from flows.queues import forget_worker
 from flows.server import names_server, server_environment
 from tasks import set_prefect_defaults
 
@@ -47,7 +48,12 @@ def run_renders(limit: int) -> None:
     with prefect_client() as client:
         register_host(client, host_name(), Path.cwd())
     crash_lost_runs()
-    asyncio.run(_serve(limit))
+    name = f"{render_queue(host_name())}.{os.getpid()}"
+    try:
+        asyncio.run(_serve(name, limit))
+    finally:
+        with suppress(AvatarError), prefect_client() as client:  # a server that is away learns it by itself
+            forget_worker(client, name)
 
 
 def check_named() -> None:
@@ -67,14 +73,11 @@ def connect() -> None:
         raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
 
 
-async def _serve(limit: int) -> None:
+async def _serve(name: str, limit: int) -> None:
     from prefect.workers.process import ProcessWorker
 
-    host = host_name()
-    queues = [render_queue(host), DEFAULT_QUEUE]
-    worker = ProcessWorker(
-        name=f"{render_queue(host)}.{os.getpid()}", work_pool_name=POOL, work_queues=queues, limit=limit
-    )
+    queues = [render_queue(host_name()), DEFAULT_QUEUE]
+    worker = ProcessWorker(name=name, work_pool_name=POOL, work_queues=queues, limit=limit)
     take, stopping = worker.get_and_submit_flow_runs, asyncio.Event()
 
     async def take_unless_stopping() -> list[Any]:

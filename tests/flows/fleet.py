@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import wave
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,22 @@ class Fleet:
             beats = self.api.post("work_pools/avatar/workers/filter")
             return any(worker["name"] in info for worker in beats)
         return False
+
+    def halt(self, number: int, processes: "Sequence[subprocess.Popen[Any]]" = ()) -> int:
+        """The lane of that GPU here, halted (SIGSTOP) with a shard at work, which might else end before what
+        is done to it."""
+        return until(lambda: self._halted(number), processes, patience_s=START_S, every_s=0.3)
+
+    def _halted(self, number: int) -> int | None:
+        if lane := self.here.lane(number):
+            os.kill(lane, signal.SIGSTOP)
+            time.sleep(0.5)  # for what it has just told the server
+            running = {"state": {"type": {"any_": ["RUNNING"]}}}
+            queue = {"name": {"any_": [f"{self.here.name}-gpu-{number}"]}}
+            if self.api.shards(flow_runs=running, work_pool_queues=queue):
+                return lane
+            os.kill(lane, signal.SIGCONT)
+        return None
 
     def close(self) -> None:
         for machine in self.machines:

@@ -27,6 +27,7 @@ from flows.postgres import (
     stop_postgres,
 )
 from flows.server import running_server, start_server, stop_server
+from flows.supervisor import stop_supervisor
 from tests.flows.conftest import PrefectServer, free_port
 from tests.processes import until
 from tests.sample_rows import RunAvatar
@@ -47,6 +48,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     yield folder
     monkeypatch.setenv("AVATAR_STATE_DIR", str(folder))
+    stop_supervisor(print, at_once=True)
     stop_server()
 
 

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -23,23 +25,18 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield fleet
 
 
-def ended(process, batch: StubBatch, code: int = 0) -> str:
+def ended(process: "subprocess.Popen[str]", batch: StubBatch, code: int = 0) -> str:
     output, _ = process.communicate(timeout=LONG_S)
     assert process.returncode == code, output
     return output
 
 
-def under_way(batch: StubBatch, count: int, process) -> None:
+def under_way(batch: StubBatch, count: int, process: "subprocess.Popen[str]") -> None:
     """Until so many clips are through the GPU stage."""
     until(lambda: len(batch.calls("denoise")) >= count, [process], patience_s=LONG_S)
 
 
-def is_at_work(fleet: Fleet, queue: str) -> bool:
-    running = {"state": {"type": {"any_": ["RUNNING"]}}}
-    return bool(fleet.api.shards(flow_runs=running, work_pool_queues={"name": {"any_": [queue]}}))
-
-
-def shards_of(fleet: Fleet, batch: StubBatch) -> list:
+def shards_of(fleet: Fleet, batch: StubBatch) -> list[Any]:
     return [shard for shard in fleet.api.shards() if shard["parameters"]["run"] == batch.run["name"]]
 
 
@@ -107,10 +104,7 @@ def test_a_killed_lane_loses_nothing(fleet: Fleet) -> None:
     batch = fleet.batch("killed-lane", 24, denoise=0.5)
     process = batch.start("runtime.shard_seconds=1")
     under_way(batch, 4, process)
-    lane = fleet.here.lane(0)
-    assert lane
-    until(lambda: is_at_work(fleet, QUEUES[0]), every_s=0.05)
-    os.kill(lane, signal.SIGKILL)
+    os.kill(fleet.halt(0, [process]), signal.SIGKILL)
     killed_s = time.time()
     until(lambda: any(s["state_type"] == "CRASHED" for s in shards_of(fleet, batch)), every_s=0.2)
     assert time.time() - killed_s < 10

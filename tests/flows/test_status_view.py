@@ -100,7 +100,7 @@ def test_a_paused_queue_says_so(client: "SyncPrefectClient", queue: str) -> None
 def test_a_machine_that_is_gone_is_forgotten(client: "SyncPrefectClient", queue: str) -> None:
     host = machine_of(queue) or ""
     register_host(client, host)
-    with pytest.raises(ConfigError, match=f"{queue} are served: stop `avatar worker` on {host} first"):
+    with pytest.raises(ConfigError, match=f"{host} serves {queue}: stop `avatar worker` there first"):
         remove_host(client, host)
     assert host not in read_fleet(client).gone
     path = {"work_pool_name": POOL, "name": f"{queue}.1"}

@@ -99,7 +99,7 @@ class Walk:
         say(f"{ZERO} is resumed, and begins shards again after {time.time() - resumed_s:.1f} s")
 
     def kill_a_lane(self) -> None:
-        lane = until(self.halted_lane, patience_s=LONG_S, every_s=0.3)
+        lane = self.fleet.halt(1)
         os.kill(lane, signal.SIGKILL)
         killed_s = time.time()
         until(lambda: any(s["state_type"] == "CRASHED" for s in self.shards(ONE)), every_s=0.2)
@@ -108,16 +108,6 @@ class Walk:
         say(
             f"the lane of {ONE} was killed: its shard crashed, and it computes again {_since(killed_s)} later"
         )
-
-    def halted_lane(self) -> int | None:
-        """That of the second queue, halted with a shard at work, which might else end before the kill."""
-        if lane := self.here.lane(1):
-            os.kill(lane, signal.SIGSTOP)
-            time.sleep(0.5)  # for what it has just told the server
-            if any(shard["state_type"] == "RUNNING" for shard in self.shards(ONE)):
-                return lane
-            os.kill(lane, signal.SIGCONT)
-        return None
 
     def fail_a_row(self) -> None:
         until(self.ended, patience_s=LONG_S, every_s=0.5)

@@ -56,6 +56,11 @@ class DatabaseOptions:
         if self.url is not None:
             object.__setattr__(self, "url", _with_driver(self.url))
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """By which another process of ours starts a server on the same database."""
+        return {_ADDRESS: self.url} if self.url else {}
+
 
 @dataclass(frozen=True)
 class Database:
@@ -82,6 +87,11 @@ def prepare_database(options: DatabaseOptions, folder: Path, environment: Mappin
         if options.url:
             settings[_ADDRESS] = options.url
     return Database(kind, keep_days, settings)
+
+
+def without_address(environment: Mapping[str, str]) -> dict[str, str]:
+    """For processes that have nothing to do with the database."""
+    return {name: value for name, value in environment.items() if name not in _OWN_DATABASE}
 
 
 def restore_database(kind: Kind, folder: Path) -> None:

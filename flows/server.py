@@ -33,7 +33,7 @@ from flows.database import (
     prepare_database,
     restore_database,
 )
-from flows.postgres import stop_postgres
+from flows.postgres import running_postgres, stop_postgres
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 4200
 
@@ -58,12 +58,14 @@ _CLIENT_SETTINGS = ("PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_PROFILE")
 
 @dataclass(frozen=True)
 class Server:
-    """`started` tells its process from any other that has or will have the number `pid`; `keep_days` is None
-    where Prefect's settings say how long runs are kept."""
+    """`started` tells its process from any other that has or will have the number `pid`. It listens on
+    `host`, this machine reaches it at `address`; `keep_days` is None where Prefect's settings say how long
+    runs are kept."""
 
     pid: int
     started: str
     address: str
+    host: str = DEFAULT_HOST
     database: Kind = "sqlite"
     keep_days: int | None = KEEP_DAYS
 
@@ -85,13 +87,23 @@ def log_path() -> Path:
     return state_folder() / "server.log"
 
 
+def former_log_path() -> Path:
+    """Of the server before this one, which may have died of what it says there."""
+    return state_folder() / "server.log.1"
+
+
 def running_server() -> Server | None:
     """The server that `start_server` left running, whether or not it answers yet."""
+    server = _recorded()
+    return server if server and server.alive else None
+
+
+def _recorded() -> Server | None:
+    """Also one that has died; one that was stopped is not recorded any more."""
     try:
-        server = Server(**json.loads(_record_path().read_text(encoding="utf-8")))
+        return Server(**json.loads(_record_path().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return server if server.alive else None
 
 
 def server_environment() -> dict[str, str]:
@@ -167,6 +179,28 @@ def start_server(
         return server, True
 
 
+def revive_server() -> str | None:
+    """Starts again what has died of the server that is recorded, and nobody stopped: says what that was, None
+    where all is well or somebody is at it. It may not answer yet. Raises `AvatarError` where it cannot."""
+    try:
+        with _changing(wait=False):
+            server = _recorded()
+            if server is None:
+                return None
+            if server.alive:
+                if server.database != "postgres" or running_postgres(state_folder()):
+                    return None
+                restore_database(server.database, state_folder())
+                return "PostgreSQL"
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(server.pid, signal.SIGKILL)  # what is left of it has the port
+            options = DatabaseOptions(postgres=server.database == "postgres", keep_days=server.keep_days)
+            _launch(server.host, urlsplit(server.address).port or DEFAULT_PORT, options)
+            return "the Prefect server"
+    except BlockingIOError:
+        return None
+
+
 def stop_server(*, timeout_s: float = STOP_TIMEOUT_S) -> Server | None:
     """The server that was stopped, None where none ran."""
     with _changing():
@@ -188,6 +222,8 @@ def _launch(host: str, port: int, options: DatabaseOptions) -> Server:
     command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
     folder = state_folder()
     database = prepare_database(options, folder, os.environ)
+    with suppress(FileNotFoundError):
+        log_path().replace(former_log_path())
     with log_path().open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -198,7 +234,8 @@ def _launch(host: str, port: int, options: DatabaseOptions) -> Server:
             stderr=log,
             start_new_session=True,
         )
-    server = Server(process.pid, process_start(process.pid) or "", address, database.kind, database.keep_days)
+    started = process_start(process.pid) or ""
+    server = Server(process.pid, started, address, host, database.kind, database.keep_days)
     try:
         fresh = folder / "server.json.new"
         fresh.write_text(json.dumps(dataclasses.asdict(server)), encoding="utf-8")
@@ -295,8 +332,9 @@ def _record_path() -> Path:
 
 
 @contextmanager
-def _changing() -> Iterator[None]:
-    """One process at a time starts or stops the server."""
+def _changing(*, wait: bool = True) -> Iterator[None]:
+    """One process at a time starts or stops the server. Raises `BlockingIOError` where another does, unless
+    that is to be waited for."""
     try:
         state_folder().mkdir(parents=True, exist_ok=True)
         lock = (state_folder() / "lock").open("w")
@@ -306,7 +344,7 @@ def _changing() -> Iterator[None]:
             "choose one with AVATAR_STATE_DIR"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 

@@ -88,7 +88,7 @@ def up(
             ensure_backstop(client)
             if notify is not None:
                 set_notifications(client, notify)
-        supervisor = start_supervisor(crew, server.api_url)
+        supervisor = start_supervisor(crew, server.api_url, options.environment)
     except BaseException:
         if fresh:
             stop_server()
@@ -120,6 +120,7 @@ def worker(
     remove: Annotated[
         str | None, typer.Option(help="Forget the queues of a machine that is gone.", metavar="NAME")
     ] = None,
+    keep_server: Annotated[bool, typer.Option("--keep-server", hidden=True)] = False,
 ) -> None:
     """Serve the GPUs and renders of this machine for a server, until Ctrl-C."""
     from flows.supervisor import Crew, supervise
@@ -128,7 +129,7 @@ def worker(
     crew = Crew.of(gpus, pretend_gpus, name, renders)
     if remove is None:
         check_named()  # who only looks after processes does without Prefect
-        supervise(crew)
+        supervise(crew, keep_server=keep_server)
         return
     connect()
     from flows.prefect_client import prefect_client

@@ -1,4 +1,5 @@
-"""What a machine runs for a Prefect server: a lane for each of its GPUs, and the worker of its renders.
+"""What a machine runs for a Prefect server: a lane for each of its GPUs, and the worker of its renders. Where
+`avatar up` started the server, that is started again too.
 
 Each is a process of its own, started again whenever it ends, sooner after the first time than after the
 tenth. No Prefect here, and nothing of the work, so that little can go wrong.
@@ -19,8 +20,9 @@ from pathlib import Path
 
 from avatar_core.devices import visible_gpus
 from avatar_core.errors import AvatarError, ConfigError
+from flows.database import without_address
 from flows.names import HOST, gpu_queue, host_name, render_queue
-from flows.server import process_start, state_folder
+from flows.server import process_start, revive_server, state_folder
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 30.0
 STEADY_S = 60.0
 """A process that lived for so long is no longer counted as failing."""
 START_TIMEOUT_S = 30.0
-PATIENCE_S = 2.0
+PATIENCE_S = 5.0
+SERVER_S = 2.0
+"""Between two looks at the server."""
 _TICK_S = 0.1
 
 
@@ -64,11 +68,37 @@ class _Manned:
 
 
 @dataclass
+class _ServerKeeper:
+    """Has the server of this machine started again where it died, or its PostgreSQL."""
+
+    failures: int = 0
+    due_s: float = 0.0
+    since_s: float = 0.0
+
+    def look(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self.due_s:
+            return
+        try:
+            revived = revive_server()
+            problem = f"{revived} had ended, and was started again" if revived else None
+        except (AvatarError, OSError) as error:
+            problem = f"the server had ended, and cannot be started again: {error}"
+        if problem:
+            log.warning("%s", problem)
+            self.failures, self.since_s = self.failures + 1, now_s
+        elif now_s - self.since_s > STEADY_S:
+            self.failures = 0
+        self.due_s = now_s + min(SERVER_S * 2**self.failures, LONGEST_DELAY_S)
+
+
+@dataclass
 class Supervisor:
     """Serves until a signal: the first lets what is at hand finish, the second breaks it off."""
 
     posts: Sequence[Post]
     environment: Mapping[str, str]
+    keeper: _ServerKeeper | None = None
     _manned: list[_Manned] = field(default_factory=list)
     _signals: int = 0
 
@@ -79,6 +109,8 @@ class Supervisor:
         while not self._signals:
             for manned in self._manned:
                 self._look_after(manned)
+            if self.keeper:
+                self.keeper.look()
             time.sleep(_TICK_S)
         self._wait_for_the_end()
 
@@ -159,8 +191,9 @@ def running_supervisor() -> Record | None:
     return record if record.alive else None
 
 
-def supervise(crew: Crew) -> None:
-    """Serves this machine until a signal. Raises `ConfigError` where it is served already."""
+def supervise(crew: Crew, *, keep_server: bool = False) -> None:
+    """Serves this machine until a signal, and with `keep_server` has its server up again whenever that died.
+    Raises `ConfigError` where it is served already."""
     state_folder().mkdir(parents=True, exist_ok=True)
     with (state_folder() / "worker.lock").open("a") as lock:
         try:
@@ -178,25 +211,27 @@ def supervise(crew: Crew) -> None:
         fresh.write_text(json.dumps(asdict(record)), encoding="utf-8")
         fresh.replace(_record_path())
         try:
-            Supervisor(crew.posts, {**os.environ, HOST: crew.host}).run()
+            environment = {**without_address(os.environ), HOST: crew.host}
+            Supervisor(crew.posts, environment, _ServerKeeper() if keep_server else None).run()
         finally:
             _record_path().unlink(missing_ok=True)
 
 
-def start_supervisor(crew: Crew, api_url: str) -> Record:
-    """In the background, unless one runs. Returns once it does."""
+def start_supervisor(crew: Crew, api_url: str, environment: Mapping[str, str]) -> Record:
+    """In the background, unless one runs. Returns once it does. `environment` is what it needs besides, to
+    start the server again."""
     if found := running_supervisor():
         return found
     flags = (
         ["--pretend-gpus", str(len(crew.gpus))] if crew.pretend else ["--gpus", ",".join(map(str, crew.gpus))]
     )
     command = [sys.executable, "-P", "-m", "flows.cli", "worker", *flags]
-    command += ["--name", crew.host, "--renders", str(crew.renders)]
+    command += ["--name", crew.host, "--renders", str(crew.renders), "--keep-server"]
     state_folder().mkdir(parents=True, exist_ok=True)
     with log_path().open("ab") as log_file:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "PREFECT_API_URL": api_url},
+            env={**os.environ, **environment, "PREFECT_API_URL": api_url},
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=log_file,

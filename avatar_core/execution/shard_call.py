@@ -41,6 +41,7 @@ class ShardCall:
         self._sharing, self._cancellation = sharing, cancellation
         self._retries, self._item_timeout_s = retries, item_timeout_s
         self._on_taken, self._on_progress, self._on_end = on_taken, on_progress, on_end
+        self._has_ended = False
 
     def __call__(self, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """`on_start` is called when its turn on the worker has come. The result has others' rows too."""
@@ -54,10 +55,20 @@ class ShardCall:
             finally:
                 self._sharing.release(taken)
         except BaseException as error:
-            self._on_end(error)
+            self._end(error)
             raise
-        self._on_end(result)
+        self._end(result)
         return replace(result, rows=(*map(dict, taken.found.values()), *result.rows))
+
+    def abandon(self, error: BaseException) -> None:
+        """Whoever was to call it never will, and its run would wait for ever: that ends with the error. Does
+        nothing where it was called."""
+        if not self._has_ended:
+            self._end(error)
+
+    def _end(self, outcome: JobResult | BaseException) -> None:
+        self._has_ended = True
+        self._on_end(outcome)
 
     def _run(self, jobs: Sequence[Job], on_start: Callable[[], None]) -> JobResult:
         """Until one goes wrong for good; the result has the rows of all."""

@@ -295,19 +295,21 @@ def test_a_server_on_postgres_outlives_stops_and_kills(state: Path, tmp_path: Pa
     record_run(server, "first")
 
     kill_postgres(state)
-    assert "has ended; `avatar up` starts it again" in run_avatar("status", f"storage.root={tmp_path}")
+    until(lambda: running_postgres(state), every_s=0.2)
     assert f"up already: {server.address}\n" in run_avatar("up")
     assert recorded_runs(server) == {"first"}
     record_run(server, "second")
 
     running = running_server()
     assert running
+    left = running_postgres(state)
     os.killpg(running.pid, signal.SIGKILL)
     until(lambda: not running.alive)
-    left = running_postgres(state)
+    until(running_server, every_s=0.2)
     assert line in run_avatar("up", "--postgres", "--port", port)
     assert running_postgres(state) == left
     assert recorded_runs(server) == {"first", "second"}
+    assert (state / "server.log.1").exists()
 
     assert run_avatar("down") == f"stopped {server.address}\n"
     assert running_postgres(state) is None
@@ -331,7 +333,13 @@ def test_a_database_of_ones_own(state: Path, tmp_path: Path, monkeypatch: pytest
         assert "database: your own\n" in said
         assert server.get("admin/settings")["server"]["services"]["db_vacuum"]["enabled"] == ["events"]
         record_run(server, "mine")
+        running = running_server()
+        assert running
+        os.killpg(running.pid, signal.SIGKILL)
+        until(lambda: (found := running_server()) and found.pid != running.pid, every_s=0.2)
         said += run_avatar("up", "--database", url)
+        assert recorded_runs(server) == {"mine"}
+        assert server.get("admin/settings")["server"]["services"]["db_vacuum"]["enabled"] == ["events"]
         other = subprocess.run(
             [AVATAR, "up", "--database", url.replace("/postgres", "/other")],
             capture_output=True,

@@ -49,8 +49,8 @@ def describe(fleet: Fleet, queue: str, text: str) -> None:
 
 
 def queues_of(fleet: Fleet, batch: StubBatch) -> set[str]:
-    run = batch.run["name"]
-    return {shard["work_queue_name"] for shard in fleet.api.shards() if shard["parameters"]["run"] == run}
+    shards = fleet.api.shards(flow_runs={"tags": {"all_": [batch.run["name"]]}})
+    return {shard["work_queue_name"] for shard in shards}
 
 
 # --- placement
@@ -260,6 +260,6 @@ def test_a_render_of_higher_priority_is_served_first(fleet: Fleet) -> None:
     assert "8 of 8" in urgent.render("runtime.shard_seconds=1", "runtime.priority=5")
     assert first.poll() is None
     first.communicate(timeout=LONG_S)
-    begun = [shard for shard in fleet.api.shards() if shard["parameters"]["run"] == urgent.run["name"]]
+    begun = fleet.api.shards(flow_runs={"tags": {"all_": [urgent.run["name"]]}})
     early = datetime.now(UTC) - timedelta(hours=4)
     assert all(datetime.fromisoformat(shard["expected_start_time"]) < early for shard in begun)

@@ -37,7 +37,7 @@ def under_way(batch: StubBatch, count: int, process: "subprocess.Popen[str]") ->
 
 
 def shards_of(fleet: Fleet, batch: StubBatch) -> list[Any]:
-    return [shard for shard in fleet.api.shards() if shard["parameters"]["run"] == batch.run["name"]]
+    return fleet.api.shards(flow_runs={"tags": {"all_": [batch.run["name"]]}})
 
 
 def test_the_graph_shows_how_the_videos_came_about(fleet: Fleet) -> None:

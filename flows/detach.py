@@ -1,5 +1,6 @@
 """`avatar render --detach`: the render is left to this machine's worker, and the terminal is free."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +35,14 @@ def detach(console: Console, words: Sequence[str], config_dir: Path | None) -> N
             parameters=form.filled_in(),
             name=batch_name(config),
             work_queue_name=render_queue(host),
+            job_variables={"working_dir": str(Path.cwd())},  # where a store that nobody named is
         )
         is_served = render_queue(host) in served_queues(client)
+    name = shlex.quote(batch_name(config))
+    store = "".join(f" {shlex.quote(word)}" for word in words if word.startswith(("storage.", "storage=")))
     for line in (
         f"submitted: {url_for(run)}",
-        f"`avatar status {batch_name(config)}` and `avatar logs {batch_name(config)} -f` tell how it goes"
+        f"`avatar status {name}{store}` and `avatar logs {name} -f` tell how it goes"
         if is_served
         else f"nobody renders on {host} yet: `avatar up` or `avatar worker` there does what waits",
     ):

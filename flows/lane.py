@@ -61,6 +61,9 @@ POLL_S = 15.0
 """Between two looks at the queue; it is told of what comes, this is for what it was not told."""
 FLOW_BEAT_S = 30.0
 """Between two signs of life of a shard, which the automation that buries dead ones waits for."""
+READY_S = 20.0
+"""Between two requests as workers make them, without which for a minute the server shows the queue as not
+ready."""
 RETRY_S = 2.0
 STUCK_S = 300.0
 """For what the flow engine has to tell the server before and after a shard; then this process ends, and its
@@ -76,6 +79,7 @@ _SETTINGS = {
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # the lane sends its own
     PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,  # it would end a lane that starts while there is none
 }
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 _LIVE = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
 
 
@@ -266,12 +270,15 @@ class Lane:
         threading.Thread(target=target, name=f"{self.queue} {name}", daemon=True).start()
 
     def _beat(self) -> None:
-        told_s = 0.0
+        told_s, ready_s = 0.0, float("-inf")
         with get_client(sync_client=True) as client:
             while True:
                 with suppress(*AWAY):
                     client.send_worker_heartbeat(POOL, self.info.worker, BEAT_S)
                     self._is_pool_paused = client.read_work_pool(POOL).is_paused
+                    if time.monotonic() - ready_s >= READY_S:
+                        self._show_ready(client)
+                        ready_s = time.monotonic()
                 run, engine_s = self._at_hand, self._engine_s
                 if engine_s and time.monotonic() - engine_s > STUCK_S:
                     log.error("%s: the flow engine does not come back: this lane is given up", self.queue)
@@ -284,6 +291,12 @@ class Lane:
                         related=[_RELATED_FLOW],
                     )
                 time.sleep(BEAT_S)
+
+    def _show_ready(self, client: SyncPrefectClient) -> None:
+        """The server takes a queue for served if it is asked what waits there; the answer is of no use here,
+        and there is none for what was due that long ago."""
+        queue = client.read_work_queue_by_name(self.queue, work_pool_name=POOL)
+        client.get_runs_in_work_queue(queue.id, limit=1, scheduled_before=_LONG_AGO)
 
     def _watch(self) -> None:
         """Whether somebody cancels what is at hand."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from avatar_core.execution.worker import PACKAGE_VERSION
 
-_SEPARATOR = ": "
+_SEPARATOR, _END = ": ", ";"
+"""The browser shows the lines as one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LaneInfo:
             "weights": ", ".join(self.weights) or "none",
             "lane": self.worker,
         }
-        return "\n\n".join(f"{name}{_SEPARATOR}{text}" for name, text in lines.items())
+        return f"{_END}\n".join(f"{name}{_SEPARATOR}{text}" for name, text in lines.items())
 
     def lacks(self, weights: Iterable[str]) -> list[str]:
         """Of these names of weights, the entries that its machine does not have; tiny ones it makes."""
@@ -37,7 +38,8 @@ class LaneInfo:
 
 def read_description(text: str | None) -> LaneInfo | None:
     """None for a queue that no lane has served."""
-    lines = dict(line.split(_SEPARATOR, 1) for line in (text or "").splitlines() if _SEPARATOR in line)
+    found = [line.removesuffix(_END) for line in (text or "").splitlines()]
+    lines = dict(line.split(_SEPARATOR, 1) for line in found if _SEPARATOR in line)
     try:
         weights = lines["weights"]
         return LaneInfo(

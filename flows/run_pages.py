@@ -4,8 +4,9 @@ import base64
 import contextvars
 import json
 import logging
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -65,7 +66,7 @@ class RunPages:
     def show(self, result: Result) -> None:
         """What came of it."""
         with self._not_vital():
-            _show_failures(self._key("failures"), result)
+            show_failures(self._key("failures"), result)
         with self._not_vital():
             _show_dataset(self._key("dataset"), self._name, result, self._run)
         with self._not_vital():
@@ -97,19 +98,20 @@ class RunPages:
                     self._update(client)
                 is_over = self._over.wait(UPDATE_INTERVAL_S)
             with self._not_vital():
-                self._update(client)
+                self._update(client, is_over=True)
 
-    def _update(self, client: SyncPrefectClient) -> None:
+    def _update(self, client: SyncPrefectClient, *, is_over: bool = False) -> None:
         state = client.read_flow_run(self._flow_run_id).state
         if state and (state.is_cancelling() or state.is_cancelled()):
             self._stop()
-        self._show_progress(client)
+        self._show_progress(client, is_over=is_over)
         self._show_table(client, "stages", "items by stage", _stages(self._run))
         if self.lanes and (rows := _queues(self.lanes)):
             self._show_table(client, "queues", "what each GPU has done for this run", rows)
 
-    def _show_progress(self, client: SyncPrefectClient) -> None:
-        percent, about = round(100 * self._run.progress, 1), _time_left(self._run.seconds_left)
+    def _show_progress(self, client: SyncPrefectClient, *, is_over: bool) -> None:
+        percent = round(100 * self._run.progress, 1)
+        about = _ending(percent) if is_over else _time_left(self._run.seconds_left)
         if "progress" not in self._shown:
             self._shown["progress"] = create_progress_artifact(percent, self._key("progress"), about)
         client.update_artifact(self._shown["progress"], ArtifactUpdate(data=percent, description=about))
@@ -128,6 +130,7 @@ def _stages(run: BatchRun) -> Table:
             "cached": tally.cached,
             "done": tally.done,
             "failed": tally.failed,
+            "not done": max(0, tally.items - tally.cached - tally.done - tally.failed),
             "seconds": round(tally.seconds, 1),
         }
         for stage, tally in list(run.tallies.items())
@@ -144,7 +147,7 @@ def _queues(lanes: Lanes) -> Table:
             "deaths": tally.deaths,
             "state": state,
         }
-        for name, (tally, state) in lanes.tallies.items()
+        for name, (tally, state) in sorted(lanes.tallies.items())
     ]
 
 
@@ -161,27 +164,46 @@ def _time_left(seconds: float | None) -> str:
     )
 
 
-def _show_failures(key: str, result: Result) -> None:
+def _ending(percent: float) -> str:
+    return "all is done" if percent >= 100 else "ended before all was done"
+
+
+def show_failures(key: str, result: Result) -> None:
+    """A text, since the cells of a table artifact have one line each, which cuts the reasons."""
     failures = result.failures.head(FAILURES_SHOWN)
     if not len(failures):
         return
-    table = [
-        {
-            "clip": failure["name"],
-            "row": failure["row"] + 1,  # as `avatar status` counts
-            "stage": failure["failed_stage"],
-            "reason": failure["error"],
-            "what to do": _remedy(failure),
-        }
+    rows = [
+        (
+            failure["name"],
+            str(failure["row"] + 1),  # as `avatar status` counts
+            failure["failed_stage"],
+            failure["error"],
+            _remedy(failure),
+        )
         for failure in json.loads(failures.to_json(orient="records"))
     ]
-    create_table_artifact(table, key, f"{len(result.failures)} of {len(result.clips)} clips failed")
+    about = f"{len(result.failures)} of {len(result.clips)} clips failed"
+    more = f"; the first {FAILURES_SHOWN} are below" if len(result.failures) > FAILURES_SHOWN else ""
+    text = f"{about}, listed in `{result.dataset}/failures.csv`{more}\n\n{_markdown_table(rows)}\n"
+    create_markdown_artifact(text, key, about)
+
+
+def _markdown_table(rows: Sequence[Sequence[str | None]]) -> str:
+    headings = ("clip", "row", "stage", "reason", "what to do")
+    lines = [headings, ["---"] * len(headings), *([_verbatim(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _verbatim(text: str | None) -> str:
+    """Markdown that shows the text as it is, on one line."""
+    return re.sub(r"([\\`*_~<>&|#\[\]])", r"\\\1", " ".join((text or "").split()))
 
 
 def _remedy(failure: Mapping[str, Any]) -> str:
-    if failure["failed_stage"] in ("ingest", "speech"):
-        return "mend the file or the row, then retry the run: what is finished is kept"
-    return "retry the run to try it again, or change the row"
+    if failure["failed_stage"] in ("ingest", "speech", "face"):
+        return "mend the file or the row, then retry the run"
+    return "change the row or the options, or retry the run as it is"
 
 
 def _show_dataset(key: str, name: str, result: Result, run: BatchRun) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,19 @@ def test_a_detached_render_is_done_by_the_worker(fleet: Fleet) -> None:
     assert run["state_type"] == "COMPLETED"
     assert run["work_queue_name"] == "alpha-render"
     assert run["state"]["message"].startswith("4 of 4 clips in ")
-    assert "4 of 4" in fleet.here.run("status", "detached", f"storage.root={batch.store}")
+    hint = re.search("`avatar (status [^`]+)`", output)
+    assert hint, output
+    assert "4 of 4" in fleet.here.run(*hint[1].split())
     assert "Completed" in fleet.here.run("logs", "detached")
+
+
+def test_a_detached_render_has_the_folder_of_its_command(fleet: Fleet, tmp_path: Path) -> None:
+    words = [word for word in fleet.batch("elsewhere", 1).words if not word.startswith("storage.root=")]
+    output = replace(fleet.here, folder=tmp_path).run(*words, "--detach")
+    found = re.search(r"flow-run/([0-9a-f-]{36})", output)
+    assert found, output
+    assert finished(fleet, found[1])["state_type"] == "COMPLETED"
+    assert (tmp_path / "avatar-store" / "datasets" / "elsewhere" / "metadata.parquet").exists()
 
 
 def test_a_schedule_fires_while_a_lane_is_busy(fleet: Fleet) -> None:

@@ -40,6 +40,11 @@ def shards_of(fleet: Fleet, batch: StubBatch) -> list[Any]:
     return fleet.api.shards(flow_runs={"tags": {"all_": [batch.run["name"]]}})
 
 
+def test_the_server_shows_served_queues_as_ready(fleet: Fleet) -> None:
+    for name in QUEUES:
+        until(lambda name=name: fleet.api.queue(name)["status"] == "READY", patience_s=LONG_S, every_s=1)
+
+
 def test_the_graph_shows_how_the_videos_came_about(fleet: Fleet) -> None:
     batch = fleet.batch("graph", 8, denoise=0.05)
     batch.render()

@@ -148,7 +148,9 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
         "progress": "progress",
         "stages": "table",
         "dataset": "markdown",
+        "clips": "markdown",
     }
+    assert artifacts["progress"]["description"] == "all is done"
     assert float(artifacts["progress"]["data"]) == 100.0
     assert f"{tmp_path}/datasets/batch" in artifacts["dataset"]["data"]
     rows = {row["stage"]: row for row in table_of(artifacts["stages"])}
@@ -241,7 +243,10 @@ def test_a_failed_row_fails_the_flow_and_a_retry_does_what_is_missing(
     assert len(failed) == 1
     assert failed[0]["name"].startswith("reference ")
     assert failed[0]["state"]["message"].startswith("1 of 1 failed: bad: no face found")
-    assert [row["name"] for row in table_of(seen.artifacts()["failures"])] == ["bad"]
+    failures = seen.artifacts()["failures"]["data"]
+    assert f"1 of 2 clips failed, listed in `{root}/datasets/late/failures.csv`" in failures
+    (row,) = (line for line in failures.splitlines() if line.startswith("| bad |"))
+    assert row.startswith("| bad | 2 | reference | no face found")
     until(lambda: any("bad: no face found" in line for line in seen.logs()), every_s=0.2)
     assert sum("no face found" in line for line in seen.logs()) == 1
 

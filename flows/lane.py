@@ -96,6 +96,7 @@ class Lane:
         self._stopped_at_once = False
         self._is_pool_paused = False
         self._engine_s: float | None = None
+        self._outcome: State[Any] | None = None  # of what is at hand
         self._of_queue: dict[str, Any] = {
             "work_pool_filter": WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
             "work_queue_filter": WorkQueueFilter.model_validate({"name": {"any_": [queue]}}),
@@ -195,7 +196,7 @@ class Lane:
 
     def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
         self._cancellation = Cancellation()
-        self._at_hand, self._engine_s = run, time.monotonic()
+        self._at_hand, self._engine_s, self._outcome = run, time.monotonic(), None
         # Of a run of a deployment the engine asks, by a thread and a connection for each, whether it is to be
         # suspended: a shard is not.
         run.deployment_id = None
@@ -216,7 +217,8 @@ class Lane:
         state = client.read_flow_run(run_id).state
         if state is None or state.is_final() or state.is_scheduled():
             return
-        ended: State[Any] = Cancelled() if state.is_cancelling() else Crashed(message="broken off")
+        broken_off: State[Any] = Cancelled() if state.is_cancelling() else Crashed(message="broken off")
+        ended = self._outcome or broken_off
         client.set_flow_run_state(run_id, ended, force=True)
 
     def _insist(self, step: Callable[[], None]) -> None:
@@ -236,7 +238,8 @@ class Lane:
     ) -> State[Any]:
         self._engine_s = None
         try:
-            return self._computed(store, run, job_id, item_timeout_s, options)
+            self._outcome = self._computed(store, run, job_id, item_timeout_s, options)
+            return self._outcome
         finally:
             self._engine_s = time.monotonic()
 
@@ -246,7 +249,7 @@ class Lane:
         address = self._address(store, options)
         try:
             file = JobFile(address.open(), run, job_id)
-            job = file.read(address)
+            job, labels = file.read(address)
             _make_tiny_weights(job)
         except AvatarError as error:
             return Failed(name=GAVE_BACK, message=f"{self.queue} cannot read the store: {error}")
@@ -257,7 +260,7 @@ class Lane:
             file.write_result(result)
         except AvatarError as error:
             return Failed(name=GAVE_BACK, message=f"{self.queue} cannot write to the store: {error}")
-        return state_of(result)
+        return state_of(result, lambda key: labels.get(key, key))
 
     def _address(self, store: str, options: Mapping[str, Any]) -> StoreAddress:
         runtime = self._config.runtime

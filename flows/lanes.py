@@ -52,13 +52,14 @@ PRIORITY_STEP = timedelta(hours=1)
 @dataclass(frozen=True)
 class Dispatch:
     """Whose shards these are: the `deployment` that they are runs of; `options` open the store at `root`,
-    but for credentials."""
+    but for credentials; `clip_of` names what an item of a stage belongs to, by its key."""
 
     run_id: str
     deployment: UUID
     storage: Storage
     root: str
     options: Mapping[str, Any] = field(repr=False)
+    clip_of: Callable[[str, str], str]
     priority: int = 0
 
 
@@ -323,7 +324,7 @@ class LaneWorker:
         dispatch = self._lanes.dispatch
         file = JobFile(dispatch.storage, dispatch.run_id, job.id)
         try:
-            file.write(job)
+            file.write(job, {item.key: dispatch.clip_of(job.stage, item.key) for item in job.items})
         except AvatarError as error:
             return JobResult(error=str(error), error_type=type(error).__name__, keys=())
         order: _Order | None = None
@@ -343,7 +344,8 @@ class LaneWorker:
 
     def _ordered(self, job: Job, item_timeout_s: float, cancellation: Cancellation) -> _Order | None:
         """None where it is cancelled, or the lane has become unavailable, before the server has taken it."""
-        label = shard_name(job.stage, len(job.items))
+        first = self._lanes.dispatch.clip_of(job.stage, job.items[0].key)
+        label = shard_name(job.stage, len(job.items), first)
         while not cancellation.asked() and self.unavailable is None:
             try:
                 return self._lanes.order(self.queue, job, item_timeout_s, label)

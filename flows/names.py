@@ -50,12 +50,12 @@ def machine_of(queue: str) -> str | None:
     return match["host"] if match else None
 
 
-def shard_name(stage: str, items: int) -> str:
-    """What a shard is called on the queue of a GPU."""
-    return f"{stage}{_OF_SHARD}{items}"
+def shard_name(stage: str, items: int, first: str) -> str:
+    """What a shard is called on the queue of a GPU; `first` is what its first item belongs to."""
+    return _OF_SHARD.join([stage, str(items), first if items == 1 else f"{first}, ..."])
 
 
 def items_in(shard: str) -> int:
     """How many items a shard of this name has."""
-    number = shard.rpartition(_OF_SHARD)[2]
+    _, number, *_ = [*shard.split(_OF_SHARD), "", ""]
     return int(number) if number.isdecimal() else 0

@@ -35,6 +35,7 @@ def lanes_for(work: Work, on_lane: Callable[[str, LaneWorker], None]) -> Iterato
         batch.storage,
         storage.root if "://" in storage.root else str(Path(storage.root).expanduser().resolve()),
         public_options(storage.options),
+        batch.clip_of,
         batch.config.runtime.priority,
     )
     with Lanes(dispatch, lambda info: unfit(info, batch), on_lane, work.observer.warning) as lanes:

@@ -1,6 +1,7 @@
 """Prefect and its client, with a sentence where the environment is against them."""
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -24,6 +25,8 @@ def load_prefect(api_url: str | None = None) -> None:
     Raises `ConfigError` where a setting or a proxy is wrong.
     """
     import_prefect()
+    # It tells of each try to reach a server that is away; whoever waits for it says so once.
+    logging.getLogger("prefect.events.clients").setLevel(logging.CRITICAL)
     from prefect.settings import get_current_settings
 
     url = api_url or get_current_settings().api.url

@@ -147,6 +147,6 @@ def _check_server(url: str) -> None:
         problem = error
     if problem:
         raise ConfigError(
-            f"the Prefect server at {without_login(url)} does not answer ({problem}); start it, or unset "
-            "PREFECT_API_URL"
+            f"the Prefect server at {without_login(url)} does not answer ({problem}); start it, with `avatar "
+            "up` if it is this machine's, or unset PREFECT_API_URL where that names it"
         )

@@ -30,7 +30,7 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 30.0
 STEADY_S = 60.0
 """A process that lived for so long is no longer counted as failing."""
 START_TIMEOUT_S = 30.0
-PATIENCE_S = 5.0
+PATIENCE_S = 10.0
 SERVER_S = 2.0
 """Between two looks at the server."""
 _TICK_S = 0.1

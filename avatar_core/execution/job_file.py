@@ -36,19 +36,21 @@ class JobFile:
     def _result_path(self) -> str:
         return f"runs/{self.run_id}/jobs/{self.job_id}.result.json"
 
-    def write(self, job: Job) -> None:
-        values = {
+    def write(self, job: Job, labels: Mapping[str, str] | None = None) -> None:
+        """`labels` are for people: what items belong to, by key."""
+        values: dict[str, Any] = {
             field.name: getattr(job, field.name) for field in fields(job) if field.name not in _LEFT_OUT
         }
-        values["items"] = [asdict(item) for item in job.items]
+        values |= {"items": [asdict(item) for item in job.items], "labels": labels or {}}
         self.storage.write_bytes(self.path, _encoded(values))
 
-    def read(self, store: StoreAddress) -> Job:
-        """Raises `StoreError` where it is gone or damaged."""
+    def read(self, store: StoreAddress) -> tuple[Job, dict[str, str]]:
+        """With its labels. Raises `StoreError` where it is gone or damaged."""
         values = self._decoded(self.path)
         try:
+            labels = values.pop("labels")
             items = _read_items(values["backend"], values["stage"], values["items"])
-            return Job(**{**values, "items": items, "store": store})
+            return Job(**{**values, "items": items, "store": store}), labels
         except (KeyError, TypeError) as error:
             raise self._damaged(self.path, error) from None
 

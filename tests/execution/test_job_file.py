@@ -37,8 +37,9 @@ def test_a_job_comes_back_as_it_was(storage: Storage, name: str) -> None:
     for stage, specs in items(backend, facts).items():
         job = job_of(given, stage, specs)
         file = JobFile(storage, "run", job.id)
-        file.write(job)
-        read = file.read(HERE)
+        file.write(job, {"a": "Zoë"})
+        read, labels = file.read(HERE)
+        assert labels == {"a": "Zoë"}
         assert [*map(values, read.items)] == [*map(values, specs)]
         assert [type(spec.config) for spec in read.items] == [type(spec.config) for spec in specs]
         assert [type(getattr(spec.config, "backend", None)) for spec in read.items] == [

@@ -75,15 +75,15 @@ def test_a_queue_tells_of_its_shards(client: "SyncPrefectClient", queue: str) ->
 
     assert status_of(client, queue).doing == "idle"
     assert status_of(client, queue).busy is None
-    add_shard(client, queue, shard_name("denoise", 3), Running(), Completed())
-    add_shard(client, queue, shard_name("denoise", 2), Running(), Failed(name="RowsFailed"))
-    add_shard(client, queue, shard_name("decode", 9), Running(), Failed(name="GaveBack"))
-    add_shard(client, queue, shard_name("decode", 5), Running(), Crashed())
-    add_shard(client, queue, shard_name("decode", 7))
-    add_shard(client, queue, shard_name("text", 1), Running())
+    add_shard(client, queue, shard_name("denoise", 3, "anna · b"), Running(), Completed())
+    add_shard(client, queue, shard_name("denoise", 2, "anna · b"), Running(), Failed(name="RowsFailed"))
+    add_shard(client, queue, shard_name("decode", 9, "anna · b"), Running(), Failed(name="GaveBack"))
+    add_shard(client, queue, shard_name("decode", 5, "anna · b"), Running(), Crashed())
+    add_shard(client, queue, shard_name("decode", 7, "anna · b"))
+    add_shard(client, queue, shard_name("text", 1, "anna · b"), Running())
     status = status_of(client, queue)
     assert (status.shards, status.items) == (2, 5)  # those that were computed
-    assert status.doing == "text · 1 of batch-1"
+    assert status.doing == "text · 1 · anna · b of batch-1"
     assert status.waiting == 1
     assert status.busy is not None
     assert 0 < status.busy <= 1
@@ -155,7 +155,7 @@ def test_a_table_of_queues() -> None:
 
 
 def test_names_of_shards_tell_their_items() -> None:
-    assert items_in(shard_name("denoise", 12)) == 12
+    assert items_in(shard_name("denoise", 12, "anna · b")) == 12
     assert items_in("a run of somebody's own") == 0
 
 

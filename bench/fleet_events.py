@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fleet_drill import Course, Drill
 
 STOPPED_S = 120.0
+RETURN_S = 180.0
+SETTLE_S = 0.4
+"""For what a lane that was stopped has just told the server."""
 AT_WORK_S = 20.0
 """To wait for a lane to have a shard at work before it is struck."""
 
@@ -37,8 +40,7 @@ Act = Callable[["Drill", "Course"], Event]
 
 
 def kill_lane(drill: "Drill", course: "Course") -> Event:
-    machine, number = _at_work(drill, course)
-    pid = machine.lane(number)
+    machine, number, pid = _halted(drill, course)
     event = Event("lane killed", time.time(), f"{machine.name}-gpu-{number}")
     _kill(pid)
     return event
@@ -60,30 +62,38 @@ def kill_dispatcher(drill: "Drill", course: "Course") -> Event:
 
 
 def kill_server(drill: "Drill", course: "Course") -> Event:
+    """It is started again by what serves the queues of its machine."""
     event = Event("server killed", time.time())
     _kill(drill.server_pid)
-    course.watch(drill.random.uniform(0.5, 6.0))
-    drill.up()
-    event.notes.append(f"back after {time.time() - event.at_s:.1f} s")
+    _await_return(drill, course, event)
     return event
 
 
 def kill_postgres(drill: "Drill", course: "Course") -> Event:
     event = Event("PostgreSQL killed", time.time())
     _kill(running_postgres(drill.fleet.here.folder / "state"))
-    course.watch(drill.random.uniform(0.5, 6.0))
-    drill.up()
-    event.notes.append(f"back after {time.time() - event.at_s:.1f} s")
+    _await_return(drill, course, event)
     return event
+
+
+def _await_return(drill: "Drill", course: "Course", event: Event) -> None:
+    def is_back() -> bool:
+        course.watch(0)
+        with suppress(httpx.HTTPError, OSError, ValueError):
+            drill.fleet.api.queue(f"{drill.fleet.here.name}-gpu-0")
+            return True
+        return False
+
+    time.sleep(0.3)
+    until(is_back, patience_s=RETURN_S, every_s=0.2)
+    event.notes.append(f"back after {time.time() - event.at_s:.1f} s")
 
 
 def stop_lane(drill: "Drill", course: "Course") -> Event:
     """As a machine that is suspended, or hangs."""
-    machine, number = _at_work(drill, course)
-    pid = machine.lane(number)
+    machine, number, pid = _halted(drill, course)
     event = Event("lane stopped", time.time(), f"{machine.name}-gpu-{number}")
     if pid:
-        os.kill(pid, signal.SIGSTOP)
         try:
             course.watch(STOPPED_S)
         finally:
@@ -125,6 +135,24 @@ def _at_work(drill: "Drill", course: "Course") -> tuple[Machine, int]:
     with suppress(AssertionError):
         return until(busy, patience_s=AT_WORK_S, every_s=0.05) or places[0]
     return places[0]
+
+
+def _halted(drill: "Drill", course: "Course") -> tuple[Machine, int, int | None]:
+    """A lane that was stopped with a shard at work, which might else end before it is struck."""
+
+    def halted() -> tuple[Machine, int, int] | None:
+        machine, number = _at_work(drill, course)
+        if pid := machine.lane(number):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(SETTLE_S)
+            if f"{machine.name}-gpu-{number}" in _running(drill):
+                return machine, number, pid
+            os.kill(pid, signal.SIGCONT)
+        return None
+
+    with suppress(AssertionError):
+        return until(halted, patience_s=AT_WORK_S, every_s=0.05) or (*_at_work(drill, course), None)
+    return (*_at_work(drill, course), None)
 
 
 def _running(drill: "Drill") -> set[str]:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from avatar_core.store.manifest import manifest_folder, read_parquet
 from avatar_core.store.storage import Storage
+from flows.names import items_in
 from tests.flows.conftest import free_port
 from tests.flows.fleet import StubBatch
 from tests.processes import descendants, exists, until
@@ -176,7 +177,7 @@ def shard_runs(runs: Sequence[Mapping[str, Any]]) -> list[ShardRun]:
         ShardRun(
             run["work_queue_name"],
             run["state_type"],
-            int(run["name"].rpartition(" ")[2]),
+            items_in(run["name"]),
             _epoch(run["created"]),
             _epoch(run["start_time"]),
             _epoch(run["end_time"]),

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from avatar_core.errors import AvatarError, Cancelled, ConfigError
 from flows import streams
-from flows.deploy_command import deploy
+from flows.deploy_command import ConfigDir, deploy
 from flows.environment import create_console, settle_environment, working_directory_is_gone
 from flows.server_commands import server_app
 from flows.weights_commands import weights_app
@@ -58,13 +58,6 @@ Output = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Only the first N rows.", metavar="N")]
 Only = Annotated[list[str] | None, typer.Option(help="Only rows of this name (repeatable).", metavar="NAME")]
 Takes = Annotated[int | None, typer.Option(help="Videos per row, each with another seed.", metavar="N")]
-ConfigDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder with your own batch/, preset/, ... files; else what AVATAR_CONFIG_DIR names.",
-        metavar="DIR",
-    ),
-]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A dataset's name (its latest run) or a run id.")]
 StatusWords = Annotated[
     list[str] | None,

@@ -57,43 +57,32 @@ def queues_of(fleet: Fleet, batch: StubBatch) -> set[str]:
 # --- placement
 
 
-def test_a_lane_of_another_version_is_left_out(fleet: Fleet) -> None:
+@pytest.mark.parametrize(
+    ("name", "said_by_it", "instead", "reason"),
+    [
+        (
+            "version",
+            r"avatar-dataset: [\d.]+",
+            "avatar-dataset: 0.0.1",
+            "it has avatar-dataset 0.0.1, this run ",
+        ),
+        ("machine", "machine: alpha", "machine: omega", "it is on machine omega, and the store "),
+        ("weights", "weights: [^;\n]+", "weights: none", "its machine lacks the weights mtcnn; run `avatar "),
+    ],
+)
+def test_a_lane_that_is_not_fit_is_left_out(
+    fleet: Fleet, name: str, said_by_it: str, instead: str, reason: str
+) -> None:
     queue = "alpha-gpu-1"
     text = fleet.api.queue(queue)["description"]
-    describe(fleet, queue, re.sub(r"avatar-dataset: \S+", "avatar-dataset: 0.0.1", text))
-    batch = fleet.batch("versions", 4, denoise=0.1)
-    try:
-        output = batch.render()
-    finally:
-        describe(fleet, queue, text)
-    assert f"{queue} is left out: it has avatar-dataset 0.0.1, this run " in output
-    assert queues_of(fleet, batch) == {"alpha-gpu-0"}
-
-
-def test_a_lane_of_another_machine_is_left_out_for_a_store_on_this_disk(fleet: Fleet) -> None:
-    queue = "alpha-gpu-1"
-    text = fleet.api.queue(queue)["description"]
-    describe(fleet, queue, text.replace("machine: alpha", "machine: omega"))
-    batch = fleet.batch("machines", 4, denoise=0.1)
-    try:
-        output = batch.render()
-    finally:
-        describe(fleet, queue, text)
-    assert f"{queue} is left out: it is on machine omega, and the store " in output
-    assert queues_of(fleet, batch) == {"alpha-gpu-0"}
-
-
-def test_a_lane_without_the_weights_is_left_out(fleet: Fleet) -> None:
-    queue = "alpha-gpu-1"
-    text = fleet.api.queue(queue)["description"]
-    assert "mtcnn" in text
-    describe(fleet, queue, re.sub("weights: .*", "weights: none", text))
-    batch = fleet.batch("weights", 4, denoise=0.1)
+    assert re.search(said_by_it, text)
+    describe(fleet, queue, re.sub(said_by_it, instead, text))
+    batch = fleet.batch(name, 4, denoise=0.1)
     try:
         output = batch.render("backend.weights=[mtcnn]")
     finally:
         describe(fleet, queue, text)
-    assert f"{queue} is left out: its machine lacks the weights mtcnn; run `avatar weights fetch` " in output
+    assert f"{queue} is left out: {reason}" in output
     assert queues_of(fleet, batch) == {"alpha-gpu-0"}
 
 

@@ -39,7 +39,7 @@ from prefect.states import Cancelled, Crashed, Failed, Pending
 
 from avatar_core.backends.base import create_backend
 from avatar_core.config import Config
-from avatar_core.errors import AvatarError
+from avatar_core.errors import AvatarError, ConfigError
 from avatar_core.execution.job_file import JobFile
 from avatar_core.execution.worker import Cancellation, Job, Row, StoreAddress
 from avatar_core.execution.worker_process import WorkerProcess, visible_device
@@ -47,7 +47,7 @@ from avatar_core.weights import present_entries
 from flows.compose import compose_config
 from flows.deploy import ensure_pool
 from flows.events import AWAY, listen
-from flows.lane_info import LaneInfo
+from flows.lane_info import LaneInfo, read_description
 from flows.lane_lock import LaneLock
 from flows.names import POOL, gpu_queue, host_name
 from flows.queues import forget_worker
@@ -65,6 +65,8 @@ READY_S = 20.0
 """Between two requests as workers make them, without which for a minute the server shows the queue as not
 ready."""
 RETRY_S = 2.0
+SAME_NAME_S = 4 * BEAT_S
+"""In which a lane that is alive has been heard of."""
 STUCK_S = 300.0
 """For what the flow engine has to tell the server before and after a shard; then this process ends, and its
 supervisor starts another."""
@@ -103,17 +105,17 @@ class Lane:
         }
 
     def run(self) -> None:
-        """Raises `ConfigError` where another lane serves the queue."""
+        """Raises `ConfigError` where another lane serves the queue, here or on another machine."""
         # The flow engine takes client and settings from the context, and would make its own for each shard.
         with (
-            LaneLock(self.queue),
+            LaneLock(self.queue) as lock,
             temporary_settings(_SETTINGS),
             SyncClientContext.get_or_create() as context,
         ):
             client = context.client
             token = serving.set(self._serve)
             try:
-                self._insist(lambda: self._introduce(client))
+                self._insist(lambda: self._introduce(client, lock.former))
                 self._worker.start()
                 self._start("beats", self._beat)
                 self._start("watches", self._watch)
@@ -136,15 +138,28 @@ class Lane:
 
     # --- the queue
 
-    def _introduce(self, client: SyncPrefectClient) -> None:
+    def _introduce(self, client: SyncPrefectClient, former: str) -> None:
         ensure_pool(client)
         with suppress(ObjectAlreadyExists):
             client.create_work_queue(self.queue, work_pool_name=POOL, concurrency_limit=1)
         queue = client.read_work_queue_by_name(self.queue, work_pool_name=POOL)
+        self._check_is_free(client, read_description(queue.description), former)
         client.update_work_queue(queue.id, description=self.info.describe(), concurrency_limit=1)
         self._bury(client)
         client.send_worker_heartbeat(POOL, self.info.worker, BEAT_S)
         self._forget_former(client)
+
+    def _check_is_free(self, client: SyncPrefectClient, other: LaneInfo | None, former: str) -> None:
+        """The lock does not reach other machines, of which one may be called the same."""
+        if other is None or other.worker == f"{self.queue}.{former}":
+            return
+        for worker in client.read_workers_for_work_pool(POOL):
+            beat = worker.last_heartbeat_time if worker.name == other.worker else None
+            if beat and (datetime.now(UTC) - beat).total_seconds() < SAME_NAME_S:
+                raise ConfigError(
+                    f"the queue {self.queue} is served by {other.worker}, no process of this machine: "
+                    f"another one is called {self.info.host} too; call this one something else with --name"
+                )
 
     def _bury(self, client: SyncPrefectClient) -> None:
         """Shards that a former lane of this queue had are nobody's now."""
@@ -324,7 +339,7 @@ def _make_tiny_weights(job: Job) -> None:
 
 def serve_queue(gpu: int, *, pretend: bool = False) -> None:
     """The life of the lane of one GPU of this machine, until a signal: the first lets the shard at hand
-    finish, the second breaks it off."""
+    finish, as does the end of the process that started this one; the second breaks it off."""
     name = host_name()
     queue = gpu_queue(name, gpu)
     config = compose_config([])
@@ -342,8 +357,10 @@ def serve_queue(gpu: int, *, pretend: bool = False) -> None:
         signal.signal(number, lambda got, frame: signals.put(got))
     with ThreadPoolExecutor(1, thread_name_prefix=queue) as pool:
         serving_queue = pool.submit(lane.run)  # not in this thread, where Prefect would take the signals
-        is_stopping = False
+        is_stopping, parent = False, os.getppid()
         while not serving_queue.done():
+            if os.getppid() != parent and not is_stopping:
+                signals.put(signal.SIGTERM)  # its supervisor was killed, and the next one starts another lane
             with suppress(Empty):
                 signals.get(timeout=0.2)
                 lane.stop(at_once=is_stopping)

@@ -11,10 +11,11 @@ from flows.server import state_folder
 
 
 class LaneLock:
-    """Held while the context is entered, and by this process alone. Raises `ConfigError` where another one
-    has it."""
+    """Held while the context is entered, and by this process alone; `former` is the process that had it
+    last. Raises `ConfigError` where another one has it."""
 
     def __init__(self, queue: str) -> None:
+        self.former = ""
         self._queue = queue
         self._file: IO[str] | None = None
 
@@ -29,6 +30,8 @@ class LaneLock:
                 f"the queue {self._queue} has a lane already; stop that, or call this machine something else "
                 "with --name"
             ) from None
+        self._file.seek(0)
+        self.former = self._file.read()
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flows.terminal import View
 
 REPORT_S = 10.0
+ANSWER_S = 2.0
 _THREAD = "flow"
 
 
@@ -112,7 +113,7 @@ class _Flow(threading.Thread):
         deadline_s = time.monotonic() + REPORT_S
         while self.is_alive() and time.monotonic() < deadline_s and stopped() == was_stopped:
             self.join(0.2)
-            if self._url and answers(self._url):
+            if self._url and answers(self._url, ANSWER_S):
                 deadline_s = time.monotonic() + REPORT_S
         if self.is_alive():
             view.warning("the Prefect server does not answer; its pages miss the end of this run")

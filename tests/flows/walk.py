@@ -144,7 +144,7 @@ class Walk:
         assert f"Beginning flow run '{self.run}'" in said
         assert LATE_ROW in said
         assert f"{ONE}, denoise · " in said
-        assert self.here.run("logs", "walk") == said
+        until(lambda: self.here.run("logs", "walk") == self.here.run("logs", self.run), every_s=1.0)
         say(f"`avatar logs` has {len(said.splitlines())} lines of the run and of its shards")
 
     def remove(self) -> None:

@@ -199,7 +199,7 @@ def _print_queues(console: Console, client: "SyncPrefectClient") -> None:
 def _queue_table(fleet: "Fleet") -> Table:
     table = Table(header_style="bold", pad_edge=False, box=None)
     table.add_column("queue", no_wrap=True)
-    table.add_column("does", overflow="fold")
+    table.add_column("does", overflow="fold", min_width=16)
     table.add_column("since", no_wrap=True)
     for heading in ("waiting", "shards", "busy", "last death"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -4,6 +4,7 @@ import io
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,8 +40,8 @@ def client(prefect_server: PrefectServer) -> "Iterator[SyncPrefectClient]":
 
 @pytest.fixture
 def queue(client: "SyncPrefectClient", request: pytest.FixtureRequest) -> str:
-    """Of a machine that is called as the test, whose lane was just heard of."""
-    name = gpu_queue(request.node.name.replace("test_", "").replace("_", "-")[:40], 0)
+    """Of a machine of this test's own, whose lane was just heard of."""
+    name = gpu_queue(f"m{zlib.crc32(request.node.name.encode())}", 0)
     client.create_work_queue(name, work_pool_name=POOL)
     client.send_worker_heartbeat(POOL, f"{name}.1", 5.0)
     return name

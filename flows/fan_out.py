@@ -1,7 +1,6 @@
 """Shards as Prefect tasks: each waits for those whose manifests it reads, so that the graph of a run shows
 how its videos came about."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +18,6 @@ from avatar_core.execution.tally import counted
 from avatar_core.planning.batch import Batch
 from tasks.by_stage import task_of
 from tasks.shard import Reused, Shard, StoreFiles, cache_key, keep_result
-
-log = logging.getLogger(__name__)
 
 SETTLE_S = 15.0
 """Without a word from the last tasks."""

@@ -178,9 +178,14 @@ def test_the_coordinator_gives_the_videos_of_render(
     assert len(list((tmp_path / "stages/denoise/manifests").iterdir())) == 6
     windows = [(queue, label) for stage, queue, label in watcher.submitted if stage == "denoise"]
     assert {queue for queue, _ in windows} == {"cpu-0", "cpu-1"}
-    assert [label for _, label in windows][:2] == [
-        "denoise 0001 · long, window 1 of 3",
-        "denoise 0002 · middle, window 1 of 2",
+    # Which clip is ready first hangs on how fast the workers are.
+    assert sorted(label.partition(" · ")[2] for _, label in windows) == [
+        "long, window 1 of 3",
+        "long, window 2 of 3",
+        "long, window 3 of 3",
+        "middle, window 1 of 2",
+        "middle, window 2 of 2",
+        "short",
     ]
     ended = [row["key"] for stage, row in watcher.ended if stage == "denoise"]
     for keys in window_keys(tmp_path).values():

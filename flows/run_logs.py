@@ -3,16 +3,18 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import FlowRun, Log
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
 from rich.console import Console
 from rich.text import Text
 
 from avatar_core.errors import ConfigError
+from flows.deploy import FLOW
 from flows.prefect_client import prefect_client
 
 PAGE = 200
@@ -39,26 +41,35 @@ def print_logs(console: Console, run: str, *, follow: bool) -> None:
 
 
 def _find(client: SyncPrefectClient, run: str) -> FlowRun:
+    """By its id, else the latest of that name. Shards have names of clips in theirs: they are no renders."""
+    renders = FlowFilter.model_validate({"name": {"any_": [FLOW]}})
     for name in ({"any_": [run]}, {"like_": f"{run}-"}):
-        wanted = FlowRunFilter.model_validate({"name": name, "tags": {"is_null_": None}})
-        runs = client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.START_TIME_DESC, limit=1)
-        if runs:
-            return runs[0]
+        wanted = FlowRunFilter.model_validate({"name": name})
+        found = client.read_flow_runs(
+            flow_filter=renders, flow_run_filter=wanted, sort=FlowRunSort.START_TIME_DESC, limit=PAGE
+        )
+        for each in found:
+            if each.name.startswith(run):
+                return each
     raise ConfigError(f"the Prefect server has no run `{run}`; `avatar status` lists those that are recorded")
 
 
 def _lines(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> list[Log]:
+    """By time. Page after page begins with the last moment of the one before: lines that come in meanwhile
+    would shift pages that are counted."""
     of_run = [run.id for run in runs]
-    found: list[Log] = []
+    found: dict[UUID, Log] = {}
     for start in range(0, len(of_run), PAGE):
-        wanted = LogFilter.model_validate({"flow_run_id": {"any_": of_run[start : start + PAGE]}})
-        offset = 0
-        while page := client.read_logs(
-            log_filter=wanted, limit=PAGE, offset=offset, sort=LogSort.TIMESTAMP_ASC
-        ):
-            found += page
-            offset += len(page)
-    return sorted(found, key=lambda line: line.timestamp)
+        wanted: dict[str, Any] = {"flow_run_id": {"any_": of_run[start : start + PAGE]}}
+        while True:
+            page = client.read_logs(
+                log_filter=LogFilter.model_validate(wanted), limit=PAGE, sort=LogSort.TIMESTAMP_ASC
+            )
+            if all(line.id in found for line in page):
+                break
+            found |= {line.id: line for line in page}
+            wanted["timestamp"] = {"after_": page[-1].timestamp}
+    return sorted(found.values(), key=lambda line: (line.timestamp, line.id))
 
 
 def _shards(client: SyncPrefectClient, run: FlowRun) -> Iterator[FlowRun]:

@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from avatar_core.config import Config
 from avatar_core.errors import StoreError
-from avatar_core.execution.batch_run import MAX_PASSES, BatchRun, Submit, in_a_thread, in_this_thread
+from avatar_core.execution.batch_run import MAX_PASSES, BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import check_gpus, has_gpu, run_settings
+from avatar_core.execution.shard_call import Submit, in_a_thread, in_this_thread
 from avatar_core.execution.worker import InProcess
 from avatar_core.origins import check_origin, is_undecided, origin_of
 from avatar_core.planning.batch import Batch, open_batch

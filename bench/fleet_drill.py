@@ -109,18 +109,17 @@ class Course:
     def output(self) -> Path:
         return self.drill.fleet.folder / f"{self.batch.name}.txt"
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the command has ended well, or too often badly; one that ended badly is repeated."""
+    def goes_on(self) -> bool:
+        """Until the command has ended well, or too often badly; one that ended badly is repeated."""
         code = self.process.poll()
         if code is None:
             self.cpu_s = max(self.cpu_s, meters.cpu_s(self.process.pid, with_children=False))
-            return False
-        if code == 0 or len(self.codes) >= REPEATS:
             return True
+        if code == 0 or len(self.codes) >= REPEATS:
+            return False
         self.codes.append(code)
         self.start()
-        return False
+        return True
 
     @property
     def done(self) -> int:
@@ -129,7 +128,7 @@ class Course:
     def watch(self, seconds: float) -> None:
         deadline_s = time.monotonic() + seconds
         while True:
-            _ = self.is_over
+            self.goes_on()
             meters.reap(self.drill.processes)
             if time.monotonic() >= deadline_s:
                 return
@@ -157,10 +156,6 @@ class Drill:
     def gpus_of(self, machine: Machine) -> int:
         return 1 if machine.name == "gamma" else 2
 
-    def up(self) -> None:
-        database = ["--postgres"] if self.postgres else []
-        self.fleet.here.run("up", "--port", str(self.fleet.port), "--pretend-gpus", "2", *database)
-
     def phase(self, phase: Phase) -> Iterator[Figure]:
         """What it found; a render that does not end is one of its findings."""
         times = 1 if phase.once else self.sizes.times
@@ -175,7 +170,8 @@ class Drill:
                 for course in courses:
                     course.watch(STEP_S)
             struck.append(act(self, courses[0]))
-        while not self._are_over(courses) and time.monotonic() < deadline_s:
+        # Each is looked at: it may have to be repeated.
+        while sum(course.goes_on() for course in courses) and time.monotonic() < deadline_s:
             courses[0].watch(STEP_S)
         wall_s = time.time() - courses[0].began_s
         share = (meters.waited_for_cpu_s() - waited_s) / wall_s
@@ -184,10 +180,6 @@ class Drill:
         for course in courses:
             yield from self._outcome(phase, course, struck)
         yield from self._figures(phase, courses, struck, spent)
-
-    def _are_over(self, courses: Sequence[Course]) -> bool:
-        over = [course.is_over for course in courses]  # each is looked at: it may have to be repeated
-        return all(over)
 
     def _course(self, name: str) -> Course:
         batch = self.fleet.batch(
@@ -305,8 +297,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     meters.adopt_orphans()
     console, figures = Console(width=180), list[Figure]()
-    sizes = Sizes(clips=options.clips or (40 if options.quick else 200), times=2 if options.quick else 3)
-    sizes = Sizes(sizes.clips, options.seconds_of_items, options.seconds_of_shards, sizes.times)
+    clips, times = (40, 2) if options.quick else (200, 3)
+    sizes = Sizes(options.clips or clips, options.seconds_of_items, options.seconds_of_shards, times)
     with tempfile.TemporaryDirectory(prefix="fleet-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)

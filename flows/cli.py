@@ -105,11 +105,10 @@ def render(
     """Render a table, a batch file, or one picture with one recording."""
     if detach:
         from flows.detach import detach as leave_to_worker
-        from flows.detach import words_for
 
         if output is not None:
             raise ConfigError("-o/--output and --detach exclude each other: the videos are in the dataset")
-        leave_to_worker(console, words_for(words or [], limit, only or [], takes), config_dir)
+        leave_to_worker(console, words or [], config_dir, limit=limit, only=only or [], takes=takes)
         return
     from flows.output import opened_destination
     from flows.rendering import render_shown

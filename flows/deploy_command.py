@@ -64,7 +64,7 @@ def deploy(
     from avatar_core.planning.batch import open_batch
     from flows.deploy import deploy_batch, next_dates, remove_batch
     from flows.names import host_name
-    from flows.prefect_client import prefect_client
+    from flows.prefect_client import connect, prefect_client
     from flows.run_form import run_config
 
     console = create_console()
@@ -75,7 +75,7 @@ def deploy(
         raise ConfigError("--timezone goes with --cron")
     if not remove:
         open_batch(run_config(form))  # what is wrong is said now, not at night
-    _choose_server()
+    connect()
     with prefect_client() as client:
         if remove:
             remove_batch(client, host, name)
@@ -198,16 +198,6 @@ def _checked(name: str) -> str:
     if re.search("[/%&<>]", name):
         raise ConfigError(f"--name {name}: a deployment's name holds none of / % & < >")
     return name
-
-
-def _choose_server() -> None:
-    from flows.prefect_client import load_prefect
-    from flows.server import names_server, server_environment
-
-    os.environ.update(server_environment())
-    if not names_server():
-        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
-    load_prefect()
 
 
 def _page(deployment: "UUID") -> str:

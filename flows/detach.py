@@ -2,23 +2,31 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from avatar_core.errors import ConfigError
 from avatar_core.planning.batch import batch_name, open_batch
 from flows.deploy_command import filled_form
 from flows.names import host_name, render_queue
-from flows.prefect_client import prefect_client
+from flows.prefect_client import connect, prefect_client
 from flows.run_form import run_config
-from flows.worker import connect
 
 
-def detach(console: Console, words: Sequence[str], config_dir: Path | None) -> None:
+def detach(
+    console: Console,
+    words: Sequence[str],
+    config_dir: Path | None,
+    *,
+    limit: int | None,
+    only: Sequence[str],
+    takes: int | None,
+) -> None:
     """Raises `ConfigError` for what cannot be rendered, which is looked at now, and where nobody would."""
-    form = filled_form(words, config_dir)
+    words = [*words, *([f"takes={takes}"] if takes is not None else [])]
+    form = replace(filled_form(words, config_dir), limit=limit, only=tuple(only))
     config = run_config(form)
     open_batch(config)
     connect()
@@ -47,12 +55,3 @@ def detach(console: Console, words: Sequence[str], config_dir: Path | None) -> N
         else f"nobody renders on {host} yet: `avatar up` or `avatar worker` there does what waits",
     ):
         console.print(Text(line), soft_wrap=True)
-
-
-def words_for(words: Sequence[str], limit: int | None, only: Sequence[str], takes: int | None) -> list[str]:
-    """Options of the command as overrides. Raises `ConfigError` for one picture and one recording."""
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError("--detach goes with a table or a batch file, not with a picture and a recording")
-    given = {"limit": limit, "takes": takes, "only": f"[{','.join(map(repr, only))}]" if only else None}
-    return [*words, *(f"{name}={value}" for name, value in given.items() if value is not None)]

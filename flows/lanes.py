@@ -165,7 +165,7 @@ class Lanes:
 
     # --- for the workers
 
-    def order(self, queue: str, job: Job, item_timeout_s: float, label: str) -> _Order:
+    def order(self, queue: str, job: Job, item_timeout_s: float, name: str) -> _Order:
         dispatch = self.dispatch
         due = datetime.now(UTC) - dispatch.priority * PRIORITY_STEP
         flow_run = self._client.create_flow_run_from_deployment(
@@ -178,7 +178,7 @@ class Lanes:
                 "options": dict(dispatch.options),
             },
             state=Scheduled(scheduled_time=due),
-            name=label,
+            name=name,
             tags=[dispatch.run_id, job.stage],
             idempotency_key=f"{dispatch.run_id}/{job.id}",
             work_queue_name=queue,
@@ -330,14 +330,16 @@ class LaneWorker:
     ) -> JobResult:
         dispatch = self._lanes.dispatch
         file = JobFile(dispatch.storage, dispatch.run_id, job.id)
+        labels = {item.key: dispatch.clip_of(job.stage, item.key) for item in job.items}
+        name = shard_name(job.stage, len(job.items), labels[job.items[0].key])
         try:
-            file.write(job, {item.key: dispatch.clip_of(job.stage, item.key) for item in job.items})
+            file.write(job, labels)
         except AvatarError as error:
             return JobResult(error=str(error), error_type=type(error).__name__, keys=())
         order: _Order | None = None
         self._lanes.heard_by(job.id, listener)
         try:
-            order = self._ordered(job, item_timeout_s, cancellation)
+            order = self._ordered(job, name, item_timeout_s, cancellation)
             result = order and self._awaited(order, file, cancellation, listener)
         finally:
             self._lanes.heard_by(job.id, None)
@@ -349,13 +351,13 @@ class LaneWorker:
         committed = {row["key"] for row in result.rows}
         return replace(result, unfinished=tuple(i.key for i in job.items if i.key not in committed))
 
-    def _ordered(self, job: Job, item_timeout_s: float, cancellation: Cancellation) -> _Order | None:
+    def _ordered(
+        self, job: Job, name: str, item_timeout_s: float, cancellation: Cancellation
+    ) -> _Order | None:
         """None where it is cancelled, or the lane has become unavailable, before the server has taken it."""
-        first = self._lanes.dispatch.clip_of(job.stage, job.items[0].key)
-        label = shard_name(job.stage, len(job.items), first)
         while not cancellation.asked() and self.unavailable is None:
             try:
-                return self._lanes.order(self.queue, job, item_timeout_s, label)
+                return self._lanes.order(self.queue, job, item_timeout_s, name)
             except AWAY as error:
                 log.info("%s: the server does not take a shard: %s", self.queue, error)
                 cancellation.wait(AGAIN_S)

@@ -13,10 +13,34 @@ from urllib.parse import urlsplit
 
 from avatar_core.errors import AvatarError, ConfigError, shown
 from flows.proxies import is_loopback, leave_out_unusable_proxies, reach_directly, unusable_proxies
-from flows.server import running_server
+from flows.server import names_server, running_server, server_environment
+from tasks import set_prefect_defaults
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+
+
+def check_named() -> None:
+    """Raises `ConfigError` where there is no server, without loading Prefect."""
+    if not names_server():
+        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
+
+
+def connect() -> str:
+    """Has Prefect use the user's own server, or that of `avatar up`; its API's address. Raises `ConfigError`
+    without one, or where a setting or a proxy is wrong."""
+    check_named()
+    os.environ.update(server_environment())
+    set_prefect_defaults()
+    load_prefect()
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        raise ConfigError(
+            "Prefect's settings name no server: set PREFECT_API_URL, or start one with `avatar up`"
+        )
+    return str(url)
 
 
 def load_prefect(api_url: str | None = None) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from avatar_core.config import Config
-from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import has_gpu, run_settings, workers_for
+from avatar_core.execution.shard_call import in_this_thread
 from avatar_core.execution.worker import InProcess
 from avatar_core.origins import is_undecided
 from avatar_core.pipeline import batch_run, begin_run, finish_run

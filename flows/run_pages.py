@@ -208,7 +208,9 @@ def _remedy(failure: Mapping[str, Any]) -> str:
 
 def _show_dataset(key: str, name: str, result: Result, run: BatchRun) -> None:
     finished = pc.sum(pc.equal(result.clips["status"], "ok")).as_py() or 0
-    gpu_s = sum(tally.seconds for stage, tally in run.tallies.items() if run.is_on_gpu(stage))
+    gpu_s = sum(
+        tally.seconds for stage, tally in run.tallies.items() if run.batch.stages[stage].device_kind == "gpu"
+    )
     size = pc.sum(result.clips["bytes"]).as_py() or 0
     text = (
         f"{finished} of {counted('clip', len(result.clips))} are in\n\n`{result.dataset}`\n\n"

@@ -5,7 +5,6 @@ Prefect's own client would go on trying.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from avatar_core.errors import Cancelled, ConfigError
 from flows.names import host_name, render_queue
-from flows.server import answers, server_environment
+from flows.server import answers
 from flows.work import Work, handed_over
 
 if TYPE_CHECKING:
@@ -65,24 +64,15 @@ class _Flow(threading.Thread):
             self._work.fail(error)
 
     def _connect(self) -> None:
-        from flows.prefect_client import load_prefect
-        from tasks import set_prefect_defaults
+        from flows.prefect_client import connect
 
-        os.environ.update(server_environment())
-        set_prefect_defaults()
-        load_prefect()
-        from prefect.settings import PREFECT_API_URL
-
+        url = connect()
         # Its own log goes to its server; here the view shows what counts.
         logging.getLogger("prefect").propagate = logging.getLogger().isEnabledFor(logging.INFO)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         logging.raiseExceptions = False  # Prefect would write into the view that its server takes no log
-        self._url = PREFECT_API_URL.value()
-        if not self._url:
-            raise ConfigError(
-                "Prefect's settings name no server; set PREFECT_API_URL, or start one with `avatar up`"
-            )
-        _check_server(self._url)
+        _check_server(url)
+        self._url = url
 
     def _run_flow(self) -> None:
         from prefect.exceptions import Abort, Pause

@@ -123,8 +123,8 @@ def worker(
     keep_server: Annotated[bool, typer.Option("--keep-server", hidden=True)] = False,
 ) -> None:
     """Serve the GPUs and renders of this machine for a server, until Ctrl-C."""
+    from flows.prefect_client import check_named, connect
     from flows.supervisor import Crew, supervise
-    from flows.worker import check_named, connect
 
     crew = Crew.of(gpus, pretend_gpus, name, renders)
     if remove is None:
@@ -146,7 +146,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
 ) -> None:
     """What the server has in the log of a run, that of its tasks and shards included."""
-    from flows.worker import connect
+    from flows.prefect_client import connect
 
     connect()
     from flows.run_logs import print_logs
@@ -157,7 +157,7 @@ def logs(
 @server_app.command(hidden=True)
 def lane(gpu: int, pretend: Annotated[bool, typer.Option("--pretend")] = False) -> None:
     """Serve the queue of one GPU; started by `avatar up` and `avatar worker`."""
-    from flows.worker import connect
+    from flows.prefect_client import connect
 
     connect()
     from flows.lane import serve_queue

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import run_settings, workers_for
+from avatar_core.execution.shard_call import in_this_thread
 from avatar_core.execution.worker import InProcess
 from avatar_core.pipeline import take_in
 from avatar_core.planning.batch import Batch

@@ -45,7 +45,7 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
         f"the Prefect server is {'up' if fresh else 'up already'}: {server.address}",
         f"its log: {log_path()}",
         _database(server),
-        *filter(None, [_hint(server, served), history_elsewhere(server.database, state_folder())]),
+        *filter(None, [_sqlite_hint(server, served), history_elsewhere(server.database, state_folder())]),
         f"queues of this machine: {', '.join(served.queues) or 'none'}",
         "renders run there from now on; `avatar down` stops it",
         f"for the `prefect` command: export PREFECT_API_URL={server.api_url}",
@@ -57,7 +57,7 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
         _print(console, line)
 
 
-def _hint(server: Server, served: Record) -> str | None:
+def _sqlite_hint(server: Server, served: Record) -> str | None:
     """SQLite has one writer at a time."""
     if server.database == "sqlite" and any(map(host_of, served.queues)):
         return "with many GPUs, renders or short shards `avatar up --postgres` answers sooner"

@@ -22,10 +22,8 @@ from flows.alive import crash_lost_runs
 from flows.config_files import CONFIG_DIR
 from flows.deploy import register_host
 from flows.names import POOL, host_name, render_queue
-from flows.prefect_client import load_prefect, prefect_client
+from flows.prefect_client import connect, load_prefect, prefect_client
 from flows.queues import forget_worker
-from flows.server import names_server, server_environment
-from tasks import set_prefect_defaults
 
 DEFAULT_QUEUE = "default"
 """Of every work pool: for deployments that name no queue."""
@@ -56,23 +54,6 @@ def run_renders(limit: int) -> None:
     finally:
         with suppress(AvatarError), prefect_client() as client:  # a server that is away learns it by itself
             forget_worker(client, name)
-
-
-def check_named() -> None:
-    """Raises `ConfigError` where there is no server, without loading Prefect."""
-    if not names_server():
-        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
-
-
-def connect() -> None:
-    """Has Prefect use the user's own server, or that of `avatar up`. Raises `ConfigError` without one."""
-    os.environ.update(server_environment())
-    set_prefect_defaults()
-    load_prefect()
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
-        raise ConfigError("there is no Prefect server: start one with `avatar up`, or set PREFECT_API_URL")
 
 
 async def _serve(name: str, limit: int) -> None:

@@ -133,9 +133,8 @@ class StoreFiles(WritableFileSystem):
         content: bytes = self.storage.read_bytes(f"{TASKS}/{path}.json")
         record = json.loads(content)
         if record["metadata"]["serializer"]["type"] != "json":
-            raise ValueError(
-                f"{path} is not JSON"
-            )  # anybody who can write to the store may have put it there
+            # Anybody who can write to the store may have put it there.
+            raise ValueError(f"{path} is not JSON")
         for uri in json.loads(record["result"]).get("manifests", ()):
             if not self.storage.exists(uri.removeprefix(f"{self.storage.uri}/")):
                 raise ValueError(f"{path} names {uri}, which is gone")

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar_core.config import Config
-from avatar_core.execution.batch_run import BatchRun, in_this_thread
+from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import run_settings
+from avatar_core.execution.shard_call import in_this_thread
 from avatar_core.execution.worker import InProcess
 from avatar_core.pipeline import render
 from avatar_core.planning.batch import Batch, open_batch

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from avatar_core.errors import ConfigError
-from avatar_core.execution.batch_run import in_this_thread
 from avatar_core.execution.coordinator import Coordinator
+from avatar_core.execution.shard_call import in_this_thread
 from avatar_core.execution.worker import InProcess
 from avatar_core.pipeline import batch_run, begin_run, finish_run, render
 from avatar_core.planning.batch import Batch, open_batch

@@ -13,10 +13,10 @@ import torch
 
 from avatar_core.backends.base import BACKENDS
 from avatar_core.backends.preview.backend import PreviewBackend
-from avatar_core.execution.batch_run import BatchRun, in_a_thread
+from avatar_core.execution.batch_run import BatchRun
 from avatar_core.execution.coordinator import Coordinator
 from avatar_core.execution.settings import run_settings
-from avatar_core.execution.shard_call import ShardCall
+from avatar_core.execution.shard_call import ShardCall, in_a_thread
 from avatar_core.execution.worker_process import WorkerProcesses
 from avatar_core.media.audio import load_mono
 from avatar_core.pipeline import render

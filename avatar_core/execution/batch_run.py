@@ -1,7 +1,6 @@
 """One batch on the workers: what of it runs next, and what becomes of what has ended."""
 
 import logging
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -16,7 +15,7 @@ from avatar_core.execution.graph import StageInfo
 from avatar_core.execution.jobs import jobs_of
 from avatar_core.execution.schedule import Schedule, Shard
 from avatar_core.execution.settings import RunSettings
-from avatar_core.execution.shard_call import ShardCall
+from avatar_core.execution.shard_call import ShardCall, Submit, in_a_thread
 from avatar_core.execution.tally import Tally, counted
 from avatar_core.execution.work import Work
 from avatar_core.execution.worker import Cancellation, JobResult, Row, Worker
@@ -34,23 +33,12 @@ log = logging.getLogger(__name__)
 MAX_PASSES = 3
 """How often damaged results are computed again before the store itself must be at fault."""
 
-Submit = Callable[[ShardCall], None]
-"""Has the call made, in a thread of its own unless the worker works in the thread that calls it."""
-
 
 class Post(Protocol):
     def __call__(self, event: Callable[[], None], *, at_once: bool = False) -> None: ...
 
 
 OnShardEnded = Callable[["BatchRun", Shard, JobResult | None], None]
-
-
-def in_a_thread(call: ShardCall) -> None:
-    threading.Thread(target=call, name=call.label, daemon=True).start()
-
-
-def in_this_thread(call: ShardCall) -> None:
-    call()
 
 
 @dataclass
@@ -125,9 +113,6 @@ class BatchRun:
     def seconds_left(self) -> float | None:
         """Expected, None while that is not known."""
         return self._schedule.forecast_seconds if self._schedule and self.batch.is_complete else None
-
-    def is_on_gpu(self, stage: str) -> bool:
-        return self.batch.stages[stage].device_kind == "gpu"
 
     def name_of(self, key: str) -> str | None:
         """The first clip that needs an item which is being worked on, or the source that it takes in."""
@@ -362,9 +347,11 @@ class BatchRun:
 
     def _content(self, stage: str, specs: Sequence[ItemSpec]) -> str:
         first = self.batch.label(stage, specs[0].key)
-        if len(specs) == 1:
-            return first
-        return f"{counted(self.batch.stages[stage].noun, len(specs))}: {first}, ..."
+        return (
+            first
+            if len(specs) == 1
+            else f"{counted(self.batch.stages[stage].noun, len(specs))}: {first}, ..."
+        )
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)
@@ -493,8 +480,7 @@ class BatchRun:
 
     def _measure(self, shard: Shard, rows: Sequence[Row]) -> None:
         assert self._schedule
-        finished = [row for row in rows if row["status"] == "ok"]
-        if finished:
+        if finished := [row for row in rows if row["status"] == "ok"]:
             seconds = sum(row["seconds"] for row in finished)
             self._schedule.measured(shard.stage, seconds, sum(row["work"] for row in finished))
 

@@ -1,6 +1,7 @@
 """A shard on its way: claimed for this run, given to a worker, tried again where trouble passes by itself."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -92,6 +93,18 @@ class ShardCall:
             if result.error or result.cancelled or result.busy or result.refused:
                 break
         return replace(result, rows=tuple(rows), attempts=tuple(attempts))
+
+
+Submit = Callable[[ShardCall], None]
+"""Has the call made, in a thread of its own unless the worker works in the thread that calls it."""
+
+
+def in_a_thread(call: ShardCall) -> None:
+    threading.Thread(target=call, name=call.label, daemon=True).start()
+
+
+def in_this_thread(call: ShardCall) -> None:
+    call()
 
 
 class _Listener:

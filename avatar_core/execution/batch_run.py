@@ -11,7 +11,6 @@ from typing import Protocol
 
 from avatar_core.errors import AvatarError, BackendError, Cancelled, StoreError
 from avatar_core.execution.faults import Trouble, owners
-from avatar_core.execution.graph import StageInfo
 from avatar_core.execution.jobs import jobs_of
 from avatar_core.execution.schedule import Schedule, Shard
 from avatar_core.execution.settings import RunSettings
@@ -20,7 +19,6 @@ from avatar_core.execution.tally import Tally, counted
 from avatar_core.execution.work import Work
 from avatar_core.execution.worker import Cancellation, JobResult, Row, Worker
 from avatar_core.planning.batch import Batch
-from avatar_core.planning.estimate import seconds_per_work
 from avatar_core.planning.plan import StagePlan
 from avatar_core.progress import Observer
 from avatar_core.stages.base import ItemSpec
@@ -256,7 +254,7 @@ class BatchRun:
         self._work = Work(plan)
         failed = {stage: self._work.numbers(stage, keys) for stage, keys in self._failed.items()}
         self._announce(plan, {stage: len(numbers) for stage, numbers in failed.items()})
-        infos = [self._stage_info(stage) for stage in self._work.stages]
+        infos = self._work.stage_infos(self.batch)
         arrays = (self._work.stage_of, self._work.work, self._work.edges)
         if self._schedule is None:
             self._schedule = Schedule(infos, *arrays, shard_seconds=self.batch.config.runtime.shard_seconds)
@@ -290,18 +288,6 @@ class BatchRun:
                 self._observer.stage_started(stage, **numbers)
             else:
                 self._observer.stage_grew(stage, **numbers)
-
-    def _stage_info(self, name: str) -> StageInfo:
-        stage = self.batch.stages[name]
-        loads = stage.weights(self._work.example(name).config)
-        return StageInfo(
-            name,
-            stage.device_kind,
-            name if loads else "",
-            seconds_per_work(self.batch, name),
-            stage.max_items,
-            opens_clips=name in self.batch.sources.stages,
-        )
 
     def _begin_next_pass(self) -> None:
         if self._passes == MAX_PASSES:
@@ -347,11 +333,9 @@ class BatchRun:
 
     def _content(self, stage: str, specs: Sequence[ItemSpec]) -> str:
         first = self.batch.label(stage, specs[0].key)
-        return (
-            first
-            if len(specs) == 1
-            else f"{counted(self.batch.stages[stage].noun, len(specs))}: {first}, ..."
-        )
+        if len(specs) == 1:
+            return first
+        return f"{counted(self.batch.stages[stage].noun, len(specs))}: {first}, ..."
 
     def _progressed(self, stage: str, key: str, done: int, total: int) -> None:
         self._post(partial(self._observer.item_progress, stage, key, done, total), at_once=True)

@@ -5,7 +5,10 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar_core.execution.graph import StageInfo
 from avatar_core.execution.schedule import Shard
+from avatar_core.planning.batch import Batch
+from avatar_core.planning.estimate import seconds_per_work
 from avatar_core.planning.plan import Items, StagePlan
 from avatar_core.stages.base import ItemSpec
 
@@ -53,5 +56,18 @@ class Work:
         places = self._to_do[stage].places(keys)
         return {key: self._first[stage] + place for key, place in places.items()}
 
-    def example(self, stage: str) -> ItemSpec:
-        return self._to_do[stage][0]
+    def stage_infos(self, batch: Batch) -> list[StageInfo]:
+        """What the schedule must know of each stage."""
+        return [self._stage_info(batch, name) for name in self.stages]
+
+    def _stage_info(self, batch: Batch, name: str) -> StageInfo:
+        stage = batch.stages[name]
+        has_model = bool(stage.weights(self._to_do[name][0].config))
+        return StageInfo(
+            name,
+            stage.device_kind,
+            name if has_model else "",
+            seconds_per_work(batch, name),
+            stage.max_items,
+            opens_clips=name in batch.sources.stages,
+        )

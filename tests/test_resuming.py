@@ -190,3 +190,11 @@ def test_a_run_is_on_record_before_its_work(rendered: Rendered, tmp_path: Path) 
     plan = read_plan(Storage(str(tmp_path)), run_id)
     result = render(config)
     assert plan["decode_key"].tolist() == result.metadata["decode_key"].tolist()
+
+
+def test_the_latest_of_several_runs_in_a_second(rendered: Rendered, tmp_path: Path) -> None:
+    config = {"table": str(rendered.table), "storage": {"root": str(tmp_path)}}
+    for seed in range(5):
+        with pytest.raises(Cancelled):
+            render({**config, "seed": seed}, cancelled=lambda: True)
+        assert find_run(Storage(str(tmp_path)), "batch").config["seed"] == seed

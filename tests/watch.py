@@ -5,6 +5,7 @@ processes stop at that moment by themselves (`tests/watched/sitecustomize.py`) a
 """
 
 import os
+import secrets
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,12 +41,13 @@ class Watch:
         """At the beginning of the stage's item of this number, counted from 1 over all commands that were
         watched; or later in it, when it reports `step`."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / "wanted").write_text(f"{stage} {item} {step}")
+        (self.folder / "wanted").write_text(f"{stage} {item} {step} {secrets.token_hex(4)}")
         (self.folder / "wanted").rename(self.folder / "hold")  # whoever reads it reads all of it
 
     def until_held(self, *processes: "subprocess.Popen[Any]") -> None:
-        until((self.folder / "held").exists, processes)
+        hold_id = (self.folder / "hold").read_text().split()[-1]
+        until((self.folder / f"held-{hold_id}").exists, processes)
 
     def release(self) -> None:
-        for name in ("hold", "held"):
-            (self.folder / name).unlink(missing_ok=True)
+        """Those that wait go on, and so does one that is just about to wait."""
+        (self.folder / "hold").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from avatar_core.planning.clips import Clips
 from avatar_core.store.storage import Storage
 from avatar_core.store.tables import put_table, stretches
 
-_RUN_ID = re.compile(r"(?P<name>.+)-\d{8}T\d{6}Z-[0-9a-f]{4}")
+_RUN_ID = re.compile(r"(?P<name>.+)-\d{8}T\d{6}Z-[0-9a-f]{4,6}")
 
 _ROWS = pa.schema({"row": pa.int64(), "values": pa.string()})
 _PLAN = pa.schema(
@@ -73,7 +73,7 @@ def write_run(
     storage: Storage, name: str, config: Config, backend: dict[str, Any], rows: TableRows
 ) -> RunRecord:
     """Record what a run is asked, before any work. `backend` has every `auto` settled, as the run uses it."""
-    run_id = f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    run_id = _new_id(name, datetime.now(UTC))
     values = {**to_dict(config), "name": name, "backend": backend}
     pieces = (_rows(rows, *stretch) for stretch in stretches(len(rows)))
     put_table(storage, f"runs/{run_id}/rows.parquet", _for_pandas(_ROWS), pieces)
@@ -81,6 +81,12 @@ def write_run(
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     storage.write_bytes(f"runs/{run_id}/config.yaml", text.encode())
     return RunRecord(storage, run_id)
+
+
+def _new_id(name: str, now: datetime) -> str:
+    """Ends in the fraction of the second and chance, so that runs of the same second are in order too."""
+    fraction = now.microsecond * 0x10000 // 1_000_000
+    return f"{name}-{now:%Y%m%dT%H%M%SZ}-{fraction:04x}{secrets.token_hex(1)}"
 
 
 def resumed_run(storage: Storage, run_id: str, rows: TableRows) -> RunRecord | None:

@@ -130,7 +130,7 @@ def test_the_flow_gives_what_render_gives_and_the_server_shows_it(
         assert tensors(tmp_path, stage) == tensors(rendered.store, stage)
 
     seen = Seen(prefect_server, state)
-    assert re.fullmatch(r"batch-\d{8}T\d{6}Z-[0-9a-f]{4}", seen.flow_run["name"])
+    assert re.fullmatch(r"batch-\d{8}T\d{6}Z-[0-9a-f]{6}", seen.flow_run["name"])
     assert (tmp_path / "runs" / seen.flow_run["name"] / "config.yaml").exists()
     assert seen.flow_run["state"]["message"] == f"4 of 4 clips in {tmp_path}/datasets/batch"
     runs = seen.task_runs_of(18)

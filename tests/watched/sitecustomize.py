@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 FOLDER = Path(os.environ["AVATAR_WATCH"])
-CALLS, HOLD, HELD = FOLDER / "calls", FOLDER / "hold", FOLDER / "held"
+CALLS, HOLD = FOLDER / "calls", FOLDER / "hold"
 
 
 def begin(stage, key):
@@ -24,14 +24,15 @@ def begin(stage, key):
 def hold(stage, step):
     """Waits while the work is held, which it is from the first moment that is the wanted one or later."""
     try:
-        wanted_stage, item, wanted_step = HOLD.read_text().split()
+        wanted_stage, item, wanted_step, hold_id = HOLD.read_text().split()
     except FileNotFoundError:
         return
+    held = FOLDER / f"held-{hold_id}"
     if stage == wanted_stage and step >= int(wanted_step):
         keys = {line.split()[1] for line in CALLS.read_text().splitlines() if line.startswith(f"{stage} ")}
         if len(keys) >= int(item):
-            HELD.touch()
-    while HELD.exists():
+            held.touch()
+    while held.exists() and HOLD.exists():  # it may be released before we say that we are held
         time.sleep(0.005)
 
 

@@ -41,6 +41,14 @@ class _Submitted:
         return self._future or Completed(data=True, state_details=StateDetails(task_run_id=self._id))
 
 
+class _Unrelated(dict[Any, Any]):
+    """Remembers nothing. What a task reads is said with `wait_for`: Prefect need not keep the state of every
+    task of the run, to recognise what it gave by its address, which may be another's by then."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep nothing."""
+
+
 class FanOut:
     """To be made within the flow, in the thread that submits."""
 
@@ -108,9 +116,10 @@ def _consumed(call: ShardCall) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def results_in(files: StoreFiles) -> Iterator[None]:
-    """Tasks of the flow that runs here keep their results in these."""
+    """Tasks of the flow that runs here keep their results in these, and nothing in memory."""
     context = FlowRunContext.get()
     assert context is not None
     store = context.result_store.model_copy(update={"result_storage": files})
-    with context.model_copy(update={"result_store": store}):
+    forgetful = {"run_results": _Unrelated(), "task_run_assets": _Unrelated()}
+    with context.model_copy(update={"result_store": store, **forgetful}):
         yield

@@ -113,6 +113,7 @@ OF_STAGE: dict[str, Any] = {
     "task_run_name": "{shard}",
     "cache_policy": BY_CONTENT,
     "persist_result": True,
+    "cache_result_in_memory": False,  # nobody asks for the result of a task that has just ended
     "result_serializer": "json",
 }
 """Options of every stage's task: cached by the content keys of its items."""

@@ -221,7 +221,8 @@ def _stop(server: Server | None, timeout_s: float) -> None:
 
 def _launch(host: str, port: int, options: DatabaseOptions) -> Server:
     address = _free_address(host, port)
-    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+    program = [sys.executable, "-P", "-m", "flows.prefect_server"]
+    command = [*program, "server", "start", "--host", host, "--port", str(port)]
     folder = state_folder()
     database = prepare_database(options, folder, os.environ)
     with suppress(FileNotFoundError):

@@ -43,6 +43,7 @@ from avatar_core.errors import AvatarError, ConfigError
 from avatar_core.execution.job_file import JobFile
 from avatar_core.execution.worker import Cancellation, Job, Row, StoreAddress
 from avatar_core.execution.worker_process import WorkerProcess, visible_device
+from avatar_core.store.claims import claimed
 from avatar_core.weights import present_entries
 from flows.compose import compose_config
 from flows.deploy import ensure_pool
@@ -268,7 +269,9 @@ class Lane:
             _make_tiny_weights(job)
         except AvatarError as error:
             return Failed(name=GAVE_BACK, message=f"{self.queue} cannot read the store: {error}")
-        result = self._worker.run(job, item_timeout_s, self._cancellation, _Listener(run, job_id))
+        # Whoever asked may be killed meanwhile, and the next one is to wait for this rather than do it again.
+        with claimed(file.storage, job.stage, [item.key for item in job.items], job.asker):
+            result = self._worker.run(job, item_timeout_s, self._cancellation, _Listener(run, job_id))
         if self._stopped_at_once and result.cancelled:
             return Cancelled(message=f"{self.queue} was stopped")
         try:

@@ -20,6 +20,7 @@ from avatar_core.execution.device import Device
 from avatar_core.execution.shard import AUTO, Commit, Rows, run_shard
 from avatar_core.planning.stages import create_stages
 from avatar_core.stages.base import ItemSpec, Stage
+from avatar_core.store.claims import this_process
 from avatar_core.store.keys import new_id
 from avatar_core.store.storage import Storage
 
@@ -51,8 +52,8 @@ class Job:
     """A shard: items of one stage, and the manifest `Rows` of what they consume.
 
     `backend` holds the resolved values for `create_backend`, its name included. `version` is that of the
-    package which planned the items: another one may give other results for the same keys. `id` names this
-    attempt, never to be used for another one.
+    package which planned the items: another one may give other results for the same keys. `asker` is the
+    process that gives it out. `id` names this attempt, never to be used for another one.
     """
 
     store: StoreAddress
@@ -62,6 +63,7 @@ class Job:
     inputs: Rows
     memory: str = AUTO
     version: str = PACKAGE_VERSION
+    asker: str = field(default_factory=this_process)
     id: str = field(default_factory=new_id)
 
     def again(self, keys: Collection[str]) -> "Job":

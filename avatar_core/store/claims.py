@@ -9,7 +9,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,10 +31,11 @@ def claim_folder(stage: str) -> str:
 
 @dataclass(eq=False)
 class Claim:
-    """`keys` of items that this process has in flight."""
+    """`keys` of items that this process has in flight, for the process `asker` if it was given them."""
 
     path: str
     keys: Set[str]
+    asker: str | None = None
     written_s: float = 0.0
     changing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -43,6 +45,7 @@ class _Foreign:
     """A claim of another run, last renewed at `renewed_s` of this process's monotonic clock."""
 
     owner: str
+    asker: str | None
     keys: Set[str]
     info: FileInfo
     renewed_s: float
@@ -57,13 +60,13 @@ class Claims:
 
     def __init__(self, storage: Storage, owner: str | None = None) -> None:
         self._storage = storage
-        self._owner = owner or _this_process()
+        self._owner = owner or this_process()
         self._own: dict[str, Claim] = {}
         self._foreign: dict[str, dict[str, _Foreign]] = {}  # by stage, then path
         self._looking = threading.Lock()
 
-    def claim(self, stage: str, keys: Iterable[str]) -> Claim:
-        claim = Claim(f"{claim_folder(stage)}/{new_id()}.json", frozenset(keys))
+    def claim(self, stage: str, keys: Iterable[str], asker: str | None = None) -> Claim:
+        claim = Claim(f"{claim_folder(stage)}/{new_id()}.json", frozenset(keys), asker)
         self._own[claim.path] = claim
         try:
             self._write(claim)
@@ -97,7 +100,8 @@ class Claims:
     def held(self, stage: str) -> set[str]:
         """Keys that other runs have in flight.
 
-        Not those of this process, where the thread that asks may be the one that has to end them.
+        Not those of this process, where the thread that asks may be the one that has to end them, and not
+        what others do for it.
         """
         with self._looking:
             before = self._foreign.get(stage, {})
@@ -112,11 +116,15 @@ class Claims:
             gone = [path for path, claim in foreign.items() if _is_gone(claim.owner)]
             if gone:
                 self._storage.delete(gone)
-        others = [claim for claim in foreign.values() if claim.holds and claim.owner != self._owner]
+        others = [
+            claim
+            for claim in foreign.values()
+            if claim.holds and self._owner not in (claim.owner, claim.asker)
+        ]
         return {key for claim in others for key in claim.keys}
 
     def _write(self, claim: Claim) -> None:
-        text = json.dumps({"owner": self._owner, "keys": sorted(claim.keys)})
+        text = json.dumps({"owner": self._owner, "asker": claim.asker, "keys": sorted(claim.keys)})
         with claim.changing:
             if claim.path in self._own:  # not released meanwhile
                 self._storage.write_bytes(claim.path, text.encode())
@@ -128,15 +136,40 @@ class Claims:
             return before
         try:
             values = json.loads(self._storage.read_bytes(path))
-            owner, keys = str(values["owner"]), frozenset(values["keys"])
+            owner, asker, keys = str(values["owner"]), values.get("asker"), frozenset(values["keys"])
         except (StoreError, ValueError, KeyError, TypeError):
             return None
         # Clocks of machines differ: only how old a claim is at first sight is taken from them.
         age_s = max(0.0, time.time() - info.mtime) if before is None else 0.0
-        return _Foreign(owner, keys, info, time.monotonic() - age_s)
+        return _Foreign(owner, asker, keys, info, time.monotonic() - age_s)
 
 
-def _this_process() -> str:
+@contextmanager
+def claimed(storage: Storage, stage: str, keys: Iterable[str], asker: str) -> Iterator[None]:
+    """Claims what this process was given by another, whose own claim ends with it. A store that cannot be
+    reached is for the work itself to tell of."""
+    over = threading.Event()
+
+    def hold() -> None:
+        claims = Claims(storage)
+        with suppress(StoreError):
+            claims.claim(stage, keys, asker)
+        while not over.wait(RENEW_S):
+            with suppress(StoreError):
+                claims.renew()
+        with suppress(StoreError):
+            claims.release_all()
+
+    thread = threading.Thread(target=hold, name="claims", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def this_process() -> str:
     return f"{_this_machine()} {os.getpid()} {_start(str(os.getpid()))}"
 
 

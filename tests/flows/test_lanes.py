@@ -136,15 +136,13 @@ def test_a_killed_child_is_replaced_by_its_lane(fleet: Fleet) -> None:
 
 
 def test_after_a_killed_render_the_same_command_goes_on(fleet: Fleet) -> None:
-    batch = fleet.batch("killed-render", 12, denoise=0.5)
-    process = batch.start("runtime.shard_seconds=1")
+    batch = fleet.batch("killed-render", 12, denoise=1.5)
+    process = batch.start("runtime.shard_seconds=6")
     under_way(batch, 3, process)
     kill_tree(process)
-    killed_s = time.time()
-    output = batch.render("runtime.shard_seconds=1")
+    output = batch.render("runtime.shard_seconds=6")
     assert "12 of 12 clips" in output
-    done_before = {call.item for call in batch.calls("denoise") if call.end_s < killed_s - 1.5}
-    assert not done_before & batch.repeated().keys()
+    assert batch.repeated() == {}  # what lanes were at was waited for
     old = fleet.api.runs("render-dataset", flow_runs={"name": {"like_": "killed-render"}})
     assert [run["state_type"] for run in old] == ["CRASHED", "COMPLETED"]
 

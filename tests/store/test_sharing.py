@@ -12,10 +12,11 @@ from avatar_core.store import claims as claims_module
 from avatar_core.store import sharing as sharing_module
 from avatar_core.store.arrivals import Arrivals
 from avatar_core.store.catalog import drop, load_catalog
-from avatar_core.store.claims import LEASE_S, Claims, claim_folder
+from avatar_core.store.claims import LEASE_S, Claims, claim_folder, claimed
 from avatar_core.store.manifest import write_manifest
 from avatar_core.store.sharing import Sharing
 from avatar_core.store.storage import Storage
+from tests.processes import until
 
 NO_COLUMNS = pa.schema([])
 ELSEWHERE = "another machine"
@@ -94,6 +95,16 @@ def test_a_process_does_not_wait_for_itself(storage):
     Claims(storage).claim("face", ["a"])
     assert Claims(storage).held("face") == set()
     assert Claims(storage, ELSEWHERE).held("face") == {"a"}
+
+
+def test_what_is_done_for_a_process_holds_when_that_is_gone(storage, monkeypatch):
+    monkeypatch.setattr(claims_module, "RENEW_S", 0.01)
+    asker = Claims(storage, "it asked")
+    with claimed(storage, "face", ["a"], "it asked"):
+        until(lambda: Claims(storage, ELSEWHERE).held("face") == {"a"})
+        assert asker.held("face") == set()
+    assert Claims(storage, ELSEWHERE).held("face") == set()
+    assert claim_files(storage) == []
 
 
 def test_claims_are_renewed(store, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def print_server(console: Console, server: Server, fresh: bool, served: Record) 
 def _sqlite_hint(server: Server, served: Record) -> str | None:
     """SQLite has one writer at a time."""
     if server.database == "sqlite" and any(map(host_of, served.queues)):
-        return "with many GPUs, renders or short shards `avatar up --postgres` answers sooner"
+        return "with many GPUs and renders at a time `avatar up --postgres` answers sooner"
     return None
 
 

@@ -53,6 +53,8 @@ class ShardCall:
                 if taken.others:
                     self._on_taken(taken)
                 result = self._run(_left(self.jobs, taken), on_start)
+                if result.died or result.hung or result.cancelled:
+                    self._sharing.look_closely()
             finally:
                 self._sharing.release(taken)
         except BaseException as error:

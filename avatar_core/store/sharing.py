@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 WATCH_S, REMOTE_WATCH_S = 0.5, 3.0
 """How often the store is looked at for what other runs are at, on the average."""
 REMOTE_AGE_S = 5.0
-"""A listing costs on a remote store: a run that met no other lately is content with one so old."""
+"""A listing costs on a remote store: a run that met no other lately, and lost no worker, is content with one
+so old."""
 COMPANY_S = 60.0
 POLL_S = 0.2
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -103,6 +104,10 @@ class Sharing:
         if taken.claim:
             with suppress(StoreError):
                 self._claims.release(taken.claim)
+
+    def look_closely(self) -> None:
+        """A worker was lost, which may have committed more than it has told."""
+        self._company_s = time.monotonic()
 
     def committed(self, stage: str, keys: Iterable[str]) -> None:
         """This run has done these."""

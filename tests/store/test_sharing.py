@@ -203,6 +203,15 @@ def test_a_run_gives_way_and_hears_how_it_ends(storage, monkeypatch):
     assert claim_files(storage) == []
 
 
+def test_what_a_lost_worker_had_committed_is_found(storage):
+    sharing = Sharing(storage, {"face": load_catalog(storage, "face")}, lambda *settled: None)
+    taken = sharing.take("face", ["a"])
+    commit(storage, "a")
+    sharing.release(taken)
+    sharing.look_closely()
+    assert sharing.take("face", ["a"]).found.keys() == {"a"}
+
+
 def test_a_store_that_cannot_be_written_claims_nothing_and_stops_nobody(store, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store/stages").write_text("in the way")

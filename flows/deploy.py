@@ -2,8 +2,9 @@
 
 from contextlib import suppress
 from copy import deepcopy
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from flows.run_form import RunForm
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.objects import FlowRun
     from prefect.client.schemas.responses import DeploymentResponse
 
 FLOW = "render-dataset"
@@ -21,6 +23,9 @@ ENTRYPOINT = "flows.render.render_dataset"
 COMMAND = "avatar execute"
 """What a worker starts for each run: see `flows.worker`."""
 POOL_TYPE = "process"
+SCHEDULER_S = 1.0
+"""More than the server's scheduler takes from reading a schedule to writing its runs."""
+SCHEDULED_EVERY = timedelta(minutes=1)
 ON_DEMAND = "on-demand"
 """Tag of the deployment that each machine has."""
 
@@ -90,9 +95,10 @@ def deploy_batch(
     """
     schedules = [_schedule(cron, timezone)] if cron else []
     ensure_pool(client)
-    _check_is_ours(_find(client, name), name, host)
+    before = _find(client, name)
+    _check_is_ours(before, name, host)
     what = form.batch or form.table or "rows"
-    return client.create_deployment(
+    deployment = client.create_deployment(
         client.create_flow_from_name(FLOW),
         name,
         **_bound(host),
@@ -103,6 +109,9 @@ def deploy_batch(
         description=_ABOUT_BATCH.format(what=what, host=host, folder=folder),
         job_variables={"working_dir": str(folder)},
     )
+    if before is not None:
+        _drop_planned(client, deployment)
+    return deployment
 
 
 def remove_batch(client: "SyncPrefectClient", host: str, name: str) -> None:
@@ -115,24 +124,41 @@ def remove_batch(client: "SyncPrefectClient", host: str, name: str) -> None:
     client.delete_deployment(found.id)
 
 
+def _drop_planned(client: "SyncPrefectClient", deployment: UUID) -> None:
+    """The server's scheduler may have read the schedule before just now, and writes its runs after the server
+    has dropped them. Those of the new one it writes again within a minute."""
+    from prefect.exceptions import ObjectNotFound
+
+    sleep(SCHEDULER_S)
+    soon = datetime.now(UTC) + 2 * SCHEDULED_EVERY
+    for run in planned_runs(client, deployment):
+        if run.expected_start_time and run.expected_start_time > soon:
+            with suppress(ObjectNotFound):
+                client.delete_flow_run(run.id)
+
+
 def next_dates(client: "SyncPrefectClient", deployment: UUID, count: int = 3) -> list[datetime]:
     """When its next scheduled runs are due."""
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
-
     # The server's scheduler would do this within a minute.
     client.request(
         "POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"min_runs": count}
     )
+    planned = planned_runs(client, deployment)
+    dates: list[datetime] = [run.expected_start_time for run in planned if run.expected_start_time]
+    return dates[:count]
+
+
+def planned_runs(client: "SyncPrefectClient", deployment: UUID) -> list["FlowRun"]:
+    """The runs that its schedule has made, and that have not begun; the next one first."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
     runs = client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
         flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
     )
-    dates: list[datetime] = [
-        run.expected_start_time for run in runs if run.auto_scheduled and run.expected_start_time
-    ]
-    return dates[:count]
+    return [run for run in runs if run.auto_scheduled]
 
 
 def ensure_pool(client: "SyncPrefectClient") -> None:

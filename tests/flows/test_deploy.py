@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
 
 from avatar_core.errors import AvatarError, ConfigError
-from flows.deploy import deploy_batch, next_dates, register_host, remove_batch
+from flows.deploy import deploy_batch, next_dates, planned_runs, register_host, remove_batch
 from flows.deploy_command import filled_form, local_timezone
 from flows.prefect_client import prefect_client
 from flows.run_form import RunForm
@@ -126,6 +127,23 @@ def _fields(server: PrefectServer, name: str) -> dict[str, Any]:
 
 
 # --- one's own batches
+
+
+def test_what_the_scheduler_writes_of_a_replaced_schedule_is_dropped(
+    client: "SyncPrefectClient", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[UUID] = []
+
+    def meanwhile(seconds: float) -> None:
+        next_dates(client, made)
+        late.extend(run.id for run in planned_runs(client, made))
+
+    made = deploy_batch(client, "alpha", "late", RunForm(table="/data/a.csv"), tmp_path, cron="0 2 * * *")
+    monkeypatch.setattr("flows.deploy.sleep", meanwhile)
+    deploy_batch(client, "alpha", "late", RunForm(table="/data/a.csv"), tmp_path, cron="0 3 * * *")
+    assert late
+    assert not {run.id for run in planned_runs(client, made)}.intersection(late)
+    assert {date.hour for date in next_dates(client, made)} == {3}
 
 
 def test_a_batch_is_deployed_again_in_its_place(

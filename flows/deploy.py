@@ -26,6 +26,7 @@ POOL_TYPE = "process"
 SCHEDULER_S = 1.0
 """More than the server's scheduler takes from reading a schedule to writing its runs."""
 SCHEDULED_EVERY = timedelta(minutes=1)
+"""So often the scheduler writes down what is due next: a run that is due sooner must stay."""
 ON_DEMAND = "on-demand"
 """Tag of the deployment that each machine has."""
 

@@ -71,6 +71,8 @@ SAME_NAME_S = 4 * BEAT_S
 STUCK_S = 300.0
 """For what the flow engine has to tell the server before and after a shard; then this process ends, and its
 supervisor starts another."""
+STALE_S = 5.0
+"""After which a lane that comes to a shard asks whether it is still its own: it may have been stopped."""
 PROGRESS_S = 0.5
 EXIT_STUCK = 75
 _RELATED_FLOW = {
@@ -99,6 +101,7 @@ class Lane:
         self._stopped_at_once = False
         self._is_pool_paused = False
         self._engine_s: float | None = None
+        self._taken_s = 0.0
         self._outcome: State[Any] | None = None  # of what is at hand
         self._of_queue: dict[str, Any] = {
             "work_pool_filter": WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
@@ -212,7 +215,8 @@ class Lane:
 
     def _run(self, client: SyncPrefectClient, run: FlowRun) -> None:
         self._cancellation = Cancellation()
-        self._at_hand, self._engine_s, self._outcome = run, time.monotonic(), None
+        self._taken_s = time.monotonic()
+        self._at_hand, self._engine_s, self._outcome = run, self._taken_s, None
         # Of a run of a deployment the engine asks, by a thread and a connection for each, whether it is to be
         # suspended: a shard is not.
         run.deployment_id = None
@@ -269,6 +273,9 @@ class Lane:
             _make_tiny_weights(job)
         except AvatarError as error:
             return Failed(name=GAVE_BACK, message=f"{self.queue} cannot read the store: {error}")
+        if time.monotonic() - self._taken_s > STALE_S:
+            with get_client(sync_client=True) as client, suppress(*AWAY):
+                self._ask_if_unwanted(client)
         # Whoever asked may be killed meanwhile, and the next one is to wait for this rather than do it again.
         with claimed(file.storage, job.stage, [item.key for item in job.items], job.asker):
             result = self._worker.run(job, item_timeout_s, self._cancellation, _Listener(run, job_id))
@@ -320,18 +327,21 @@ class Lane:
         client.get_runs_in_work_queue(queue.id, limit=1, scheduled_before=_LONG_AGO)
 
     def _watch(self) -> None:
-        """Whether somebody cancels what is at hand."""
+        """Somebody may cancel what is at hand, or give it to another lane."""
         with get_client(sync_client=True) as client:
             while True:
                 self._cancellation.wait(1.0)
-                run, cancellation = self._at_hand, self._cancellation
-                if run is None or cancellation.asked():
+                if self._at_hand is None or self._cancellation.asked():
                     time.sleep(0.2)
                     continue
                 with suppress(*AWAY):
-                    state = client.read_flow_run(run.id).state
-                    if state and (state.is_cancelling() or state.is_final()):
-                        cancellation.ask()
+                    self._ask_if_unwanted(client)
+
+    def _ask_if_unwanted(self, client: SyncPrefectClient) -> None:
+        run, cancellation = self._at_hand, self._cancellation
+        state = client.read_flow_run(run.id).state if run else None
+        if state and (state.is_cancelling() or state.is_final()):
+            cancellation.ask()
 
 
 def _make_tiny_weights(job: Job) -> None:

@@ -1,6 +1,8 @@
 """The program of the server's process: Prefect's own command, with SQLite kept from standing still."""
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,15 +19,17 @@ class _Cursor(sqlite3.Cursor):
     """
 
     def execute(self, *words: Any) -> "_Cursor":
-        try:
+        with self._closed_by_errors():
             return super().execute(*words)
-        except BaseException:
-            self.close()
-            raise
 
     def executemany(self, *words: Any) -> "_Cursor":
-        try:
+        with self._closed_by_errors():
             return super().executemany(*words)
+
+    @contextmanager
+    def _closed_by_errors(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.close()
             raise
